@@ -1,0 +1,76 @@
+"""Run the benchmark: `python -m bench --help`."""
+
+import argparse
+import json
+import os
+import sys
+
+from bench import machine
+from bench.measure import generator_ceiling, measure, start_times
+from bench.operations import OPERATIONS
+from bench.report import Report
+from bench.service import BenchError, a_service
+from tests.support.servers import ServerUnavailableError
+
+STARTS = 5
+BUSY_LOAD_AVERAGE = 0.7
+
+
+def main() -> int:
+    """Measure and print. Return 0 whatever the speed, 1 when an answer was wrong or nothing could be measured."""
+    options = _arguments()
+    cores = machine.choose_cores()
+    notes = _notes(cores)
+    os.sched_setaffinity(0, {cores.load})  # this process and what it starts keep off the service's core
+    wanted = [operation for operation in OPERATIONS if not options.only or operation.name in options.only]
+    try:
+        ceiling = generator_ceiling(cores)
+        rsa, results = [machine.rsa_speed(cores.service)], []
+        with a_service(cores) as service:
+            _tell(f"the service is set up; starting it {STARTS} times")
+            fsync = machine.fsync_seconds(service.disk)
+            starts = start_times(service, STARTS)
+            for operation in wanted:
+                _tell(f"{operation.name}: {options.runs} runs of {options.seconds:g} s")
+                results.append(measure(operation, service, runs=options.runs, seconds=options.seconds))
+                rsa.append(machine.rsa_speed(cores.service))
+    except (BenchError, ServerUnavailableError) as error:
+        _tell(str(error))
+        return 1
+    report = Report(rsa=rsa, ceiling=ceiling, fsync_seconds=fsync, starts=starts, results=results, notes=notes)
+    print(json.dumps(report.as_json(), indent=2) if options.json else report.as_text())
+    return 1 if any(result.wrong for result in results) else 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Measure one worker of the service on one core against its own PostgreSQL, and compare with what "
+        "the same core can do in RSA-2048 signatures. A missed target is reported; only a wrong answer fails.",
+    )
+    names = [operation.name for operation in OPERATIONS]
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
+    parser.add_argument("--seconds", type=float, default=3.0, help="seconds of each run (default 3)")
+    parser.add_argument("--runs", type=int, default=5, help="runs of each operation (default 5)")
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"some of: {', '.join(names)}")
+    options = parser.parse_args()
+    if options.runs < 1 or options.seconds <= 0:
+        parser.error("--runs and --seconds must be positive")
+    return options
+
+
+def _notes(cores: machine.Cores) -> list[str]:
+    notes = []
+    if cores.shared:
+        notes.append("only one core: service, database and load generator share it, so the ratios come out too low")
+    if (average := machine.load_average()) > BUSY_LOAD_AVERAGE:
+        notes.append(f"the machine was busy before the benchmark began (load average {average:.1f}); expect noise")
+    return notes
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

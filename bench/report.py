@@ -1,0 +1,208 @@
+"""Tell the results: two tables for people, one JSON document for machines."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from bench.machine import RsaSpeed
+from bench.measure import Result
+
+MEGABYTE = 1024 * 1024
+DISTURBED = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What one number must reach, and where it is to go. `at_most`: less is better."""
+
+    label: str
+    required: float
+    goal: float
+    unit: str = ""
+    at_most: bool = False
+
+    def verdict(self, value: float) -> str:
+        """Say how far `value` has come: missed, met, or at the goal."""
+        sign = -1 if self.at_most else 1
+        if sign * value < sign * self.required:
+            return "MISSED"
+        return "met" if sign * value < sign * self.goal else "goal reached"
+
+
+RATIO_TARGETS = {
+    "client_credentials": Target("client_credentials, ratio to RSA signatures", 0.55, 0.72),
+    "refresh_token": Target("refresh_token, ratio to RSA signatures", 0.23, 0.40),
+    "jwks": Target("JWKS, ratio to RSA signatures", 3.0, 6.0),
+}
+MEMORY_TARGET = Target("memory of the worker under load (PSS)", 110, 85, " MB", at_most=True)
+START_TARGET = Target("start to first token, existing database", 1.2, 0.5, " s", at_most=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything one benchmark found out. `ceiling` is in requests per second, `starts` are in seconds."""
+
+    rsa: Sequence[RsaSpeed]
+    ceiling: float
+    fsync_seconds: float
+    starts: Sequence[float]
+    results: Sequence[Result]
+    notes: Sequence[str]
+
+    @property
+    def signs_per_second(self) -> float:
+        """The yardstick: the median of the RSA measurements before, between and after the operations."""
+        return median(speed.per_second for speed in self.rsa)
+
+    @property
+    def pss_megabytes(self) -> float:
+        """The largest memory that the worker had at the end of any operation, in units of 2**20 bytes."""
+        return max((result.pss_bytes for result in self.results), default=0) / MEGABYTE
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain data: rates per second, latencies and CPU times in microseconds, memory in bytes."""
+        return {
+            "rsa2048": {
+                "tool": self.rsa[0].tool,
+                "signs_per_second": self.signs_per_second,
+                "measured": [speed.per_second for speed in self.rsa],
+            },
+            "generator_ceiling_per_second": self.ceiling,
+            "fsync_us": self.fsync_seconds * 1e6,
+            "operations": {result.name: self._operation(result) for result in self.results},
+            "pss_bytes": max((result.pss_bytes for result in self.results), default=0),
+            "start_seconds": {"median": median(self.starts), "measured": list(self.starts)},
+            "targets": [
+                {
+                    "what": target.label,
+                    "value": value,
+                    "required": target.required,
+                    "goal": target.goal,
+                    "verdict": target.verdict(value),
+                }
+                for target, value in self._against_targets()
+            ],
+            "notes": self._all_notes(),
+        }
+
+    def as_text(self) -> str:
+        """Return the tables as text."""
+        rates = [speed.per_second for speed in self.rsa]
+        parts = [
+            *(f"note: {note}" for note in self._all_notes()),
+            f"{self.rsa[0].tool}: {self.signs_per_second:,.0f} signatures/s on the service's core"
+            f" (median of {len(rates)}, {min(rates):,.0f}-{max(rates):,.0f})",
+            f"load generator ceiling: {self.ceiling:,.0f} requests/s",
+            f"fsync of 8 KiB beside the database: {self.fsync_seconds * 1e6:,.0f} µs",
+            "",
+            _table(_HEADINGS, [self._row(result) for result in self.results]),
+            _LEGEND,
+            "",
+            _table(
+                ("target", "measured", "required", "goal", ""),
+                [
+                    (
+                        target.label,
+                        f"{value:.2f}{target.unit}",
+                        f"{'≤' if target.at_most else '≥'} {target.required:g}{target.unit}",
+                        f"{target.goal:g}{target.unit}",
+                        target.verdict(value),
+                    )
+                    for target, value in self._against_targets()
+                ],
+            ),
+        ]
+        for result in self.results:
+            if result.wrong:
+                parts.append(f"\n{result.name}: {result.wrong} wrong answers, the first was:\n{result.complaint}")
+        return "\n".join(parts)
+
+    def _all_notes(self) -> list[str]:
+        disturbed = [
+            f"{result.name}: {result.disturbance:.0%} of a core went to processes that are none of ours; the rates are"
+            " too low, the CPU times nearly right"
+            for result in self.results
+            if result.disturbance > DISTURBED
+        ]
+        return [*self.notes, *disturbed]
+
+    def _against_targets(self) -> list[tuple[Target, float]]:
+        found = [
+            (RATIO_TARGETS[result.name], self._ratio(result))
+            for result in self.results
+            if result.name in RATIO_TARGETS and not result.wrong
+        ]
+        memory = [(MEMORY_TARGET, self.pss_megabytes)] if self.pss_megabytes else []
+        return [*found, *memory, (START_TARGET, median(self.starts))]
+
+    def _ratio(self, result: Result) -> float:
+        return result.per_second / self.signs_per_second
+
+    def _operation(self, result: Result) -> dict[str, Any]:
+        rates = [sample.per_second for sample in result.samples]
+        service_us = median(sample.service_us for sample in result.samples)
+        return {
+            "connections": result.connections,
+            "per_second": {"median": median(rates), "min": min(rates), "max": max(rates)},
+            "ratio": self._ratio(result),
+            "p50_us": median(sample.run.p50_us for sample in result.samples),
+            "p99_us": median(sample.run.p99_us for sample in result.samples),
+            "ratio_by_cpu": 1e6 / service_us / self.signs_per_second if service_us else 0.0,
+            "service_cpu_us": service_us,
+            "database_cpu_us": median(sample.database_us for sample in result.samples),
+            "service_core_busy": median(sample.busy for sample in result.samples),
+            "disturbance_cores": result.disturbance,
+            "pss_bytes": result.pss_bytes,
+            "wrong": result.wrong,
+        }
+
+    def _row(self, result: Result) -> tuple[str, ...]:
+        found = self._operation(result)
+        rate = found["per_second"]
+        return (
+            result.name,
+            str(result.connections),
+            f"{rate['median']:,.0f}",
+            f"{rate['min']:,.0f}-{rate['max']:,.0f}",
+            f"{found['ratio']:.2f}",
+            f"{found['p50_us'] / 1000:.2f}",
+            f"{found['p99_us'] / 1000:.2f}",
+            f"{found['service_cpu_us']:,.0f}",
+            f"{found['database_cpu_us']:,.0f}",
+            f"{found['service_core_busy']:.0%}",
+            f"{found['ratio_by_cpu']:.2f}",
+            f"{result.pss_bytes / MEGABYTE:.0f}",
+            str(result.wrong),
+        )
+
+
+_LEGEND = (
+    "ratio: req/s to RSA signatures/s; CPU: the worker's and the database's, per request;"
+    " ratio by CPU: what the ratio would be if the worker kept its core busy"
+)
+_HEADINGS = (
+    "operation",
+    "conn.",
+    "req/s",
+    "min-max",
+    "ratio",
+    "p50 ms",
+    "p99 ms",
+    "CPU µs",
+    "DB CPU µs",
+    "core busy",
+    "ratio by CPU",
+    "PSS MB",
+    "wrong",
+)
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out columns: the first to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in (headings, *rows)) for column in range(len(headings))]
+    lines = [
+        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(cells))
+        for cells in (list(zip(row, widths, strict=True)) for row in (headings, *rows))
+    ]
+    return "\n".join((lines[0], "  ".join("-" * width for width in widths), *lines[1:]))

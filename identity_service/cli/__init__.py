@@ -1,0 +1,44 @@
+"""
+Operator commands.
+
+Every command takes its settings from the environment (`IDENTITY_…`); with `--data-dir`, or `IDENTITY_DATA_DIR`, it
+works on the database of `identity-service dev` in that directory. What changes something is audited as done by `cli`.
+"""
+
+import sys
+
+import typer
+
+from identity_service.cli import dev, keys, people, registry, serving
+from identity_service.cli.common import Refused
+from identity_service.infra.database import DatabaseUnavailable
+from identity_service.infra.runtime.envelope import MasterKeyError
+from identity_service.settings import UnsafeSettings
+
+app = typer.Typer(
+    help="Run and operate the identity service.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
+)
+app.command("dev")(dev.dev)
+app.command("serve")(serving.serve)
+app.command("migrate")(serving.migrate)
+app.command("cleanup")(keys.cleanup)
+app.add_typer(people.app, name="users")
+app.add_typer(registry.clients_app, name="clients")
+app.add_typer(registry.roles_app, name="roles")
+app.add_typer(keys.app, name="keys")
+app.add_typer(keys.audit_app, name="audit")
+
+
+def main() -> None:
+    """Run a command; say in a sentence what stands in its way, and end with 1 for a refusal, 2 for bad settings."""
+    try:
+        app()
+    except (UnsafeSettings, MasterKeyError) as error:
+        typer.echo(f"identity-service will not start:\n{error}", err=True)
+        sys.exit(2)
+    except Refused as error:
+        typer.echo(f"identity-service: {error}", err=True)
+        sys.exit(1)
+    except DatabaseUnavailable as error:
+        typer.echo(f"identity-service: the database cannot be reached ({error}); nothing was changed", err=True)
+        sys.exit(1)

@@ -1,0 +1,88 @@
+"""What the commands share: settings, one transaction, and how they speak."""
+
+import asyncio
+import json
+import os
+import re
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from identity_service.infra import telemetry
+from identity_service.infra.database import Transaction
+from identity_service.infra.runtime import Secret
+from identity_service.infra.tables import SCHEMA_REVISION
+from identity_service.main import Services, build_services, load_keys
+from identity_service.settings import Settings, load_settings
+
+Answer = TypeVar("Answer")
+
+ACTOR = "cli"
+"""Who the audit trail names for what a command did."""
+
+DataDir = Annotated[
+    Path | None,
+    typer.Option("--data-dir", help="Work on the database of `dev` in this directory.", envvar="IDENTITY_DATA_DIR"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+class Refused(Exception):
+    """The command cannot do what it was asked; the message is for the person."""
+
+
+def settings_for(data_dir: Path | None, **given: Any) -> Settings:
+    """Return the settings of the environment, with what the command line says before them."""
+    given = {name: value for name, value in given.items() if value is not None}
+    if data_dir is not None:
+        given["data_dir"] = data_dir
+        if "IDENTITY_ENVIRONMENT" not in os.environ and "IDENTITY_DATABASE_URL" not in os.environ:
+            given["environment"] = "development"
+    return load_settings(**given)
+
+
+async def with_services(
+    settings: Settings, work: Callable[[Services, Transaction], Awaitable[Answer]], *, keys: bool = False
+) -> Answer:
+    """Do `work` in one transaction; with `keys`, load the keys first and make those that are missing."""
+    services = build_services(settings)
+    try:
+        revision = await services.db.revision()
+        if revision is None or revision < SCHEMA_REVISION:
+            raise Refused("the database's schema is older than this version: run `identity-service migrate`")
+        if keys:
+            await load_keys(services)
+        return await services.db.run(lambda tx: work(services, tx))
+    finally:
+        await services.close()
+
+
+def run(
+    data_dir: Path | None, work: Callable[[Services, Transaction], Awaitable[Answer]], *, keys: bool = False
+) -> Answer:
+    """Do `work` on the configured database and return what it answers."""
+    settings = settings_for(data_dir)
+    telemetry.configure_logging(level="WARNING", as_json=settings.log_json, stream=sys.stderr)
+    return asyncio.run(with_services(settings, work, keys=keys))
+
+
+def say(value: Any, text: str, *, as_json: bool) -> None:
+    """Print `value` as JSON, or the text for people."""
+    typer.echo(json.dumps(value, default=str) if as_json else text)
+
+
+def split(values: list[str] | None) -> list[str]:
+    """Accept an option several times, and several words in one."""
+    return [word for value in values or [] for word in re.split(r"[,\s]+", value) if word]
+
+
+def read_password(*, from_stdin: bool) -> Secret:
+    """Return a password from standard input, or ask for one."""
+    if from_stdin:
+        return Secret(sys.stdin.readline().rstrip("\r\n"))
+    if not sys.stdin.isatty():
+        raise Refused("give the password on standard input, with --password-stdin")
+    return Secret(typer.prompt("Password", hide_input=True, confirmation_prompt=True))

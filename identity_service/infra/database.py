@@ -1,0 +1,233 @@
+"""
+The database: one engine, one way to a transaction, and infrastructure trouble told apart from every other answer.
+
+PostgreSQL is what the service runs on; SQLite is the embedded default for one machine and one process.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar, final
+
+import structlog
+from sqlalchemy import CursorResult, Executable, event, func, select, text
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from identity_service.infra.tables import locks
+
+log = structlog.get_logger(__name__)
+
+Answer = TypeVar("Answer")
+Parameters = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+
+_SERVER_OPTIONS = {
+    "statement_timeout": "5000",
+    "lock_timeout": "2000",
+    "idle_in_transaction_session_timeout": "10000",
+    "timezone": "UTC",
+    # All our statements find rows by key. A plan made while the tables were nearly empty would scan them, and a
+    # prepared statement keeps its plan; with scans priced out, the first plan is the right one for good.
+    "enable_seqscan": "off",
+}
+# SQLSTATE classes and codes that speak of the server's state, never of our statement (PostgreSQL, appendix A).
+_UNAVAILABLE_CLASSES = ("08", "53", "57", "58")
+_UNAVAILABLE_CODES = ("25006", "55P03", "25P03")
+_CONFLICT_CODES = ("40001", "40P01")
+
+
+class DatabaseUnavailable(Exception):
+    """The database cannot answer now; nothing was committed by this transaction, or nobody knows. Never "not found"."""
+
+
+class TransactionConflict(DatabaseUnavailable):
+    """The transaction lost to another one or its connection died before COMMIT: it left no trace, and may run again."""
+
+
+def _translate(error: Exception, *, committing: bool) -> Exception:
+    """Return the error that callers shall see: ours for trouble with the server, the driver's own for a fault in us."""
+    if isinstance(error, PoolTimeout | OSError | TimeoutError):
+        return DatabaseUnavailable(type(error).__name__)
+    if not isinstance(error, DBAPIError) or isinstance(error, IntegrityError):
+        return error
+    if (sqlite_code := getattr(error.orig, "sqlite_errorcode", None)) is not None:
+        # Busy, full, read-only, I/O trouble are the machine's; 1 (SQLITE_ERROR) is a statement that makes no sense.
+        return error if sqlite_code == 1 else DatabaseUnavailable(getattr(error.orig, "sqlite_errorname", "sqlite"))
+    code = getattr(error.orig, "sqlstate", None) or ""
+    if code in _CONFLICT_CODES:
+        return TransactionConflict(code)
+    lost = error.connection_invalidated or code.startswith("57P")
+    if lost and not committing:
+        return TransactionConflict(code or "connection lost")
+    if (
+        lost
+        or code.startswith(_UNAVAILABLE_CLASSES)
+        or code in _UNAVAILABLE_CODES
+        or (not code and isinstance(error, OperationalError | InterfaceError))
+    ):
+        return DatabaseUnavailable(code or type(error.orig).__name__)
+    return error
+
+
+@final
+class Transaction:
+    """
+    One transaction, which takes a connection only when the first statement runs.
+
+    A request that needs no database (a client answered from memory) therefore costs it nothing.
+    """
+
+    __slots__ = ("_connection", "_engine")
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self._connection: AsyncConnection | None = None
+
+    @property
+    def on_sqlite(self) -> bool:
+        """Whether this is the embedded database, which locks as a whole and knows no row locks."""
+        return self._engine.dialect.name == "sqlite"
+
+    async def execute(self, statement: Executable, parameters: Parameters | None = None) -> CursorResult[Any]:
+        """
+        Run one statement and return its buffered result.
+
+        Raises DatabaseUnavailable for trouble with the server, IntegrityError for a broken constraint.
+        """
+        try:
+            if self._connection is None:
+                connection = self._engine.connect()
+                await connection.start()
+                self._connection = connection
+            return await self._connection.execute(statement, parameters)
+        except (DBAPIError, PoolTimeout, OSError) as error:
+            raise _translate(error, committing=False) from error
+
+    async def lock(self, name: str) -> None:
+        """Wait for the named lock, held until this transaction ends; its row was made by the migration."""
+        await self.execute(select(locks.c.name).where(locks.c.name == name).with_for_update())
+
+    async def database_time(self) -> datetime:
+        """Return the database's clock; on SQLite that is this machine's own."""
+        moment: datetime = (await self.execute(select(func.clock_timestamp()))).scalar_one()
+        return moment
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._connection is None:
+            return
+        connection, self._connection = self._connection, None
+        try:
+            if error is None:
+                await connection.commit()
+        except (DBAPIError, OSError) as failure:
+            raise _translate(failure, committing=True) from failure
+        finally:
+            await asyncio.shield(connection.close())  # rolls back what was not committed, also when cancelled
+
+
+@final
+class Database:
+    """The engine and its pool. `transaction()` is the only way in."""
+
+    def __init__(
+        self, url: str, *, pool_size: int = 10, pool_timeout: float = 2.0, options: Mapping[str, str] | None = None
+    ) -> None:
+        """
+        Prepare the engine; nothing connects yet.
+
+        `pool_timeout` is in seconds: how long a request waits for a connection before it hears 503.
+        """
+        self.url = make_url(url)
+        if self.on_sqlite:
+            if self.url.database:
+                Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
+            self.engine = create_async_engine(self.url, hide_parameters=True, connect_args={"timeout": 5})
+            _prepare_sqlite(self.engine)
+        else:
+            settings = {**_SERVER_OPTIONS, **(options or {})}
+            self.engine = create_async_engine(
+                self.url,
+                hide_parameters=True,
+                pool_size=pool_size,
+                max_overflow=0,
+                pool_timeout=pool_timeout,
+                pool_recycle=1800,
+                connect_args={
+                    "connect_timeout": 3,
+                    "tcp_user_timeout": 5000,
+                    "application_name": "identity-service",
+                    "options": " ".join(f"-c {name}={value}" for name, value in settings.items()),
+                },
+            )
+
+    @property
+    def on_sqlite(self) -> bool:
+        """Whether this is the embedded database."""
+        return self.url.get_backend_name() == "sqlite"
+
+    def transaction(self) -> Transaction:
+        """Return a transaction to enter: it commits at the end of the block and rolls back on an exception."""
+        return Transaction(self.engine)
+
+    async def run(self, work: Callable[[Transaction], Awaitable[Answer]], *, attempts: int = 3) -> Answer:
+        """
+        Return what `work` makes of a transaction, after it was committed; run it again when it left no trace.
+
+        A transaction that lost a deadlock, or whose connection died before COMMIT, is repeated at most `attempts`
+        times in all. After that, and whenever nobody can know whether it was committed: DatabaseUnavailable.
+        """
+        while True:
+            attempts -= 1
+            try:
+                async with self.transaction() as tx:
+                    answer = await work(tx)
+            except TransactionConflict as conflict:
+                if attempts <= 0:
+                    raise
+                log.info("transaction.repeated", reason=str(conflict))
+                await asyncio.sleep(0.01)
+            else:
+                return answer
+
+    async def revision(self) -> str | None:
+        """Return the schema's revision, or None for a database that was never migrated."""
+        try:
+            async with self.transaction() as tx:
+                found: str | None = (
+                    await tx.execute(text("SELECT max(version_num) FROM alembic_version"))
+                ).scalar_one()
+                return found
+        except DBAPIError:
+            return None
+
+    async def close(self) -> None:
+        """Close every pooled connection."""
+        await self.engine.dispose()
+
+
+def _prepare_sqlite(engine: AsyncEngine) -> None:
+    """Set the write-ahead log, foreign keys, a clock, and transactions that take the write lock as they begin."""
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def _on_connect(connection: Any, _record: object) -> None:
+        connection.isolation_level = None  # the driver shall not open transactions behind our back
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA journal_mode = WAL")
+        cursor.execute("PRAGMA synchronous = FULL")
+        cursor.execute("PRAGMA foreign_keys = ON")
+        cursor.execute("PRAGMA busy_timeout = 5000")
+        cursor.close()
+
+    @event.listens_for(engine.sync_engine, "begin")
+    def _on_begin(connection: Any) -> None:
+        # A transaction that reads first and writes later would fail with SQLITE_BUSY in the middle.
+        connection.exec_driver_sql("BEGIN IMMEDIATE")

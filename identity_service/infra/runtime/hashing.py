@@ -1,0 +1,181 @@
+"""
+Password hashing, in a bounded pool of its own.
+
+Argon2id takes memory and processor time by design. It must never take the token endpoint, the JWKS or the health check
+down with it: the pool has few threads, which run at the lowest priority, and a short queue; who finds it full is told
+to come back.
+"""
+
+import asyncio
+import os
+import re
+import sys
+import threading
+import unicodedata
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar, final
+
+import structlog
+from passlib.context import CryptContext
+
+from identity_service.infra.runtime.secret import Secret
+
+log = structlog.get_logger(__name__)
+
+Answer = TypeVar("Answer")
+
+RAW_FORM = 0
+"""The password was hashed exactly as typed: an imported hash that was never renewed."""
+NFKC_FORM = 1
+"""The password was brought to Unicode NFKC before hashing; every hash of our own is."""
+
+_LONGEST_INPUT = 1024  # characters; normalisation may multiply them, so this bounds the work before it starts
+_FOREIGN_SCHEMES = [
+    "bcrypt",
+    "bcrypt_sha256",
+    "django_pbkdf2_sha256",
+    "django_pbkdf2_sha1",
+    "django_bcrypt_sha256",
+    "django_bcrypt",
+    "django_argon2",
+    "pbkdf2_sha256",
+    "pbkdf2_sha512",
+    "pbkdf2_sha1",
+    "scrypt",
+]
+_ARGON2_COST = re.compile(r"\$argon2id\$v=\d+\$m=(\d+),t=(\d+),p=\d+\$")
+
+
+class HashingBusy(Exception):
+    """The pool's queue is full, or the wait in it too long. Nothing was checked; the caller may try again."""
+
+
+def normalise_password(password: Secret) -> Secret | None:
+    """
+    Return the password in NFKC, or None for one that nobody can have set.
+
+    The same password typed on two keyboards must match (NIST SP 800-63B §5.1.1.2). Surrogates, unassigned code points
+    and NUL are refused, since libraries and later Unicode versions disagree about them.
+    """
+    text = password.reveal()
+    if not text or len(text) > _LONGEST_INPUT:
+        return None
+    if any(letter == "\0" or unicodedata.category(letter) in ("Cs", "Cn") for letter in text):
+        return None
+    return Secret(unicodedata.normalize("NFKC", text))
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """Whether the password was right, and, if the stored hash should be replaced, by what."""
+
+    right: bool
+    renewed: str | None = None
+
+
+@final
+class PasswordHasher:
+    """Makes and checks password hashes, through `passlib.CryptContext`, on its own threads."""
+
+    def __init__(
+        self,
+        *,
+        memory_kib: int = 19456,
+        time_cost: int = 2,
+        parallelism: int = 1,
+        threads: int = 2,
+        queue: int = 64,
+        wait: float = 2.0,
+    ) -> None:
+        """Prepare the pool; at most `queue` calls wait, none longer than `wait` seconds before it starts."""
+        self._context = CryptContext(
+            schemes=["argon2", *_FOREIGN_SCHEMES],
+            default="argon2",
+            argon2__type="ID",
+            argon2__memory_cost=memory_kib,
+            argon2__time_cost=time_cost,
+            argon2__parallelism=parallelism,
+        )
+        self._cost = (memory_kib, time_cost)
+        self._wait = wait
+        self._capacity = threads + queue
+        self._pending = 0
+        self._guard = threading.Lock()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="password", initializer=_lowest_priority)
+        self._decoy = self._context.hash("no password hashes to this one")
+
+    @property
+    def pending(self) -> int:
+        """How many calls are waiting or being computed."""
+        return self._pending
+
+    async def hash(self, password: Secret) -> str:
+        """Return the Argon2id hash of an already normalised password; raises HashingBusy."""
+        hashed: str = await self._in_pool(lambda: self._context.hash(password.reveal()))
+        return hashed
+
+    async def verify(self, password: Secret, stored: str | None, *, form: int) -> Verification:
+        """
+        Check a password as typed against a stored hash; raises HashingBusy.
+
+        Where there is nothing to check (no such user, no password, an impossible password) the same work is done on a
+        decoy, so that the time does not tell.
+        """
+        return await self._in_pool(lambda: self._verify(password, stored, form))
+
+    def close(self) -> None:
+        """Let what runs finish and start nothing more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _verify(self, password: Secret, stored: str | None, form: int) -> Verification:
+        normal = normalise_password(password)
+        if normal is None or stored is None:
+            self._context.verify("wrong", self._decoy)
+            return Verification(False)
+        typed = (password if form == RAW_FORM else normal).reveal()
+        # bcrypt itself looks at 72 bytes; the library raises beyond them.
+        candidate = typed.encode()[:72] if stored.startswith(("$2", "bcrypt$")) else typed
+        try:
+            right = self._context.verify(candidate, stored)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            log.error("password_hash.unusable", reason=type(error).__name__)
+            self._context.verify("wrong", self._decoy)
+            return Verification(False)
+        if right and (form != NFKC_FORM or self._weaker(stored)):
+            return Verification(True, self._context.hash(normal.reveal()))
+        return Verification(bool(right))
+
+    def _weaker(self, stored: str) -> bool:
+        """Whether our own parameters are the stronger ones: a costlier imported hash is never traded for a cheaper."""
+        cost = _ARGON2_COST.match(stored)
+        return cost is None or int(cost[1]) < self._cost[0] or int(cost[2]) < self._cost[1]
+
+    async def _in_pool(self, work: Callable[[], Answer]) -> Answer:
+        with self._guard:
+            if self._pending >= self._capacity:
+                raise HashingBusy("queue full")
+            self._pending += 1
+        try:
+            future = self._pool.submit(work)
+        except RuntimeError:
+            self._done()
+            raise HashingBusy("shutting down") from None
+        # The place is given back when the thread is done with it, not when somebody stops waiting for the answer.
+        future.add_done_callback(self._done)
+        waiter = asyncio.wrap_future(future)
+        await asyncio.wait({waiter}, timeout=self._wait)
+        if not waiter.done() and future.cancel():
+            raise HashingBusy("waited too long")
+        return await waiter
+
+    def _done(self, _future: "Future[Answer] | None" = None) -> None:
+        with self._guard:
+            self._pending -= 1
+
+
+def _lowest_priority() -> None:
+    """Run this thread at nice 19, so that signatures and health checks go first. Only Linux has it per thread."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

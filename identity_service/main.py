@@ -1,0 +1,332 @@
+"""Builds every object once and wires it together; runs the background jobs of a server."""
+
+import asyncio
+import contextlib
+import ipaddress
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from identity_service.accounts.access import Access
+from identity_service.accounts.clients import Clients
+from identity_service.accounts.password_policy import PasswordPolicy
+from identity_service.accounts.refresh_families import Lifetimes, RefreshFamilies
+from identity_service.accounts.throttle import SignInThrottle
+from identity_service.accounts.users import Users
+from identity_service.infra import telemetry
+from identity_service.infra.audit import AuditTrail
+from identity_service.infra.data_keys import DataKeys
+from identity_service.infra.database import Database, DatabaseUnavailable
+from identity_service.infra.ratelimit import FallbackLimiter, Limiter, MemoryLimiter, RedisLimiter, redis_client
+from identity_service.infra.runtime import Clock, SystemClock
+from identity_service.infra.runtime.envelope import MasterKeyError, MasterKeys, new_master_key
+from identity_service.infra.runtime.hashing import PasswordHasher
+from identity_service.infra.tables import SCHEMA_REVISION
+from identity_service.oauth.grants.client_credentials import ClientCredentials
+from identity_service.oauth.grants.password import Password
+from identity_service.oauth.grants.pipeline import Grant, Pipeline
+from identity_service.oauth.grants.refresh_token import RefreshToken
+from identity_service.oauth.signing_keys import KeyPolicy, SigningKeys
+from identity_service.oauth.tokens import Tokens
+from identity_service.settings import Settings, UnsafeSettings
+from identity_service.web.account import account_router
+from identity_service.web.asgi import Reply
+from identity_service.web.deps import Bearer, ClientAuthenticator, InsufficientScope, Unauthenticated
+from identity_service.web.edge import Edge, Endpoint
+from identity_service.web.errors import problem, problem_of
+from identity_service.web.health import Liveness, Readiness
+from identity_service.web.oauth import JwksEndpoint, MetadataEndpoint, RevocationEndpoint, TokenEndpoint
+
+log = structlog.get_logger(__name__)
+
+_FLUSH_EVERY = 30.0  # seconds between two writings of the failures that were held back
+
+
+def load_master_keys(settings: Settings) -> MasterKeys:
+    """
+    Return the master keys of the settings; development makes one on first use, readable by its owner only.
+
+    Raises MasterKeyError. Nothing is ever generated where a key was named: a new one could unwrap nothing.
+    """
+    if text := settings.master_key.get_secret_value():
+        return MasterKeys.parse(text)
+    path = settings.master_key_file or development_key_file(settings.data_dir)
+    if settings.master_key_file is None and not settings.production and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(new_master_key() + "\n")
+    try:
+        return MasterKeys.parse(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise MasterKeyError(f"the master key file cannot be read: {type(error).__name__}: {path}") from None
+
+
+def development_key_file(data_dir: Path) -> Path:
+    """Return where one machine keeps its master key: `keys/` for the default data directory, else inside it."""
+    default: Path = Settings.model_fields["data_dir"].default
+    return Path("keys/master.key") if data_dir == default else data_dir / "master.key"
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """Every object of the service, built once."""
+
+    settings: Settings
+    clock: Clock
+    db: Database
+    data_keys: DataKeys
+    signing_keys: SigningKeys
+    limiter: Limiter
+    audit: AuditTrail
+    access: Access
+    clients: Clients
+    hasher: PasswordHasher
+    users: Users
+    throttle: SignInThrottle
+    families: RefreshFamilies
+    pipeline: Pipeline
+
+    async def close(self) -> None:
+        """Give back connections and threads."""
+        self.hasher.close()
+        await self.limiter.close()
+        await self.db.close()
+
+
+def build_services(settings: Settings, *, clock: Clock | None = None) -> Services:
+    """Build the objects; nothing connects yet. Raises MasterKeyError."""
+    clock = clock or SystemClock()
+    master = load_master_keys(settings)
+    db = Database(settings.database, pool_size=settings.database_pool_size)
+    data_keys = DataKeys(master, clock)
+    policy = KeyPolicy(
+        bits=settings.signing_key_bits,
+        lead=timedelta(seconds=settings.signing_key_lead),
+        period=timedelta(seconds=settings.signing_key_period),
+    )
+    signing_keys = SigningKeys(master, clock, policy)
+    limiter = _limiter(settings, clock)
+    audit = AuditTrail(clock)
+    access = Access(clock)
+    clients = Clients(clock)
+    hasher = PasswordHasher(
+        memory_kib=settings.argon2_memory_kib,
+        time_cost=settings.argon2_time_cost,
+        parallelism=settings.argon2_parallelism,
+        threads=settings.hash_threads,
+        queue=settings.hash_queue,
+        wait=settings.hash_wait,
+    )
+    users = Users(clock, hasher, PasswordPolicy(settings.password_min_length, settings.password_classes))
+    throttle = SignInThrottle(limiter, data_keys)
+    families = RefreshFamilies(clock, data_keys, Lifetimes(settings.refresh_idle_ttl, settings.refresh_absolute_ttl))
+    issuer = settings.public_issuer
+    tokens = Tokens(clock, signing_keys, issuer=issuer, lifetime=settings.access_token_ttl)
+    password = Password(
+        users, families, throttle, access, audit, issuer=issuer, require_verified_email=settings.require_verified_email
+    )
+    grants: list[Grant[Any]] = [RefreshToken(families, audit), ClientCredentials(issuer=issuer)]
+    if settings.password_grant:
+        grants.insert(0, password)
+    return Services(
+        settings=settings,
+        clock=clock,
+        db=db,
+        data_keys=data_keys,
+        signing_keys=signing_keys,
+        limiter=limiter,
+        audit=audit,
+        access=access,
+        clients=clients,
+        hasher=hasher,
+        users=users,
+        throttle=throttle,
+        families=families,
+        pipeline=Pipeline(grants, access, tokens),
+    )
+
+
+def _limiter(settings: Settings, clock: Clock) -> Limiter:
+    if not (url := settings.redis_url.get_secret_value()):
+        return MemoryLimiter(clock)
+
+    def report(degraded: bool) -> None:
+        telemetry.LIMITER_DEGRADED.set(int(degraded))
+        log.warning("limiter.changed", degraded=degraded)
+
+    return FallbackLimiter(RedisLimiter(redis_client(url), clock), clock, report)
+
+
+# -- background jobs --------------------------------------------------------------------------------------------------
+
+
+async def load_keys(services: Services) -> None:
+    """Load every key before the first request, making those that an empty database lacks. Raises MasterKeyError."""
+    await services.db.run(services.data_keys.load)
+    await step_keys(services)
+
+
+async def step_keys(services: Services) -> None:
+    """Read the key schedule, correct the clock by the database's, and take the steps that are due."""
+    owed = await services.db.run(lambda tx: _poll(services, tx))
+    if owed:
+        spare = await services.signing_keys.prepare(owed)
+        await services.db.run(lambda tx: services.signing_keys.advance(tx, spare))
+        await services.db.run(services.signing_keys.poll)
+
+
+async def _poll(services: Services, tx: Any) -> Any:
+    clock = services.clock
+    if isinstance(clock, SystemClock) and not services.db.on_sqlite:
+        asked_at = clock.now()
+        reference = await tx.database_time()
+        clock.correct(reference=reference.astimezone(UTC), asked_at=asked_at, answered_at=clock.now())
+    return await services.signing_keys.poll(tx)
+
+
+async def _repeat(name: str, every: float, job: Any) -> None:
+    """Run a job for ever; an outage of the database delays it, a fault of ours is logged and does not end it."""
+    while True:
+        await asyncio.sleep(every)
+        try:
+            await job()
+        except DatabaseUnavailable as error:
+            log.warning("job.postponed", job=name, reason=str(error))
+        except Exception:
+            log.exception("job.failed", job=name)
+
+
+async def _flush_audit(services: Services) -> None:
+    await services.db.run(services.audit.flush)
+
+
+# -- the application --------------------------------------------------------------------------------------------------
+
+
+def create_app(settings: Settings, *, clock: Clock | None = None) -> FastAPI:
+    """
+    Build the application. Its lifespan loads the keys, refusing to start without them, and runs the jobs.
+
+    `app.state.services` holds the objects, for tests and for the development server.
+    """
+    services = build_services(settings, clock=clock)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        revision = await services.db.revision()
+        if revision is None or revision < SCHEMA_REVISION:
+            raise UnsafeSettings("the database's schema is older than this version: run `identity-service migrate`")
+        await load_keys(services)
+        jobs = [
+            asyncio.create_task(_repeat("keys", settings.key_poll, lambda: step_keys(services))),
+            asyncio.create_task(_repeat("audit", _FLUSH_EVERY, lambda: _flush_audit(services))),
+        ]
+        log.info("service.started", issuer=settings.public_issuer, at=datetime.now(UTC).isoformat())
+        try:
+            yield
+        finally:
+            for job in jobs:
+                job.cancel()
+            await asyncio.gather(*jobs, return_exceptions=True)
+            with contextlib.suppress(DatabaseUnavailable):
+                await _flush_audit(services)
+            await services.close()
+
+    docs = not settings.production
+    app = FastAPI(
+        title="identity_service",
+        lifespan=lifespan,
+        redirect_slashes=False,
+        docs_url="/docs" if docs else None,
+        redoc_url=None,
+        openapi_url="/openapi.json" if docs else None,
+        telemetry={"tracing": False},
+    )
+    app.state.services = services
+    bearer = Bearer(
+        services.signing_keys, services.clients, services.families, services.clock, issuer=settings.public_issuer
+    )
+    app.include_router(account_router(services.db, bearer, services.users))
+    _install_error_pages(app)
+    app.add_middleware(
+        Edge,
+        endpoints=_endpoints(services),
+        allowed_hosts=settings.hosts,
+        https=settings.public_issuer.startswith("https://"),
+        access_log=settings.access_log,
+        docs=docs,
+    )
+    return app
+
+
+def _endpoints(services: Services) -> dict[str, Endpoint]:
+    settings = services.settings
+    proxies = [ipaddress.ip_network(entry, strict=False) for entry in settings.trusted_proxies]
+    authenticator = ClientAuthenticator(
+        services.db, services.clients, services.limiter, services.audit, services.data_keys, services.clock
+    )
+    metadata = MetadataEndpoint(issuer=settings.public_issuer, grant_types=services.pipeline.grant_types)
+    return {
+        "/token": TokenEndpoint(
+            authenticator,
+            services.db,
+            services.pipeline,
+            trusted_proxies=proxies,
+            default_client_id=settings.default_client_id,
+            refusal_delay=settings.refusal_delay,
+        ),
+        "/revoke": RevocationEndpoint(
+            authenticator, services.db, services.families, services.audit, trusted_proxies=proxies
+        ),
+        "/.well-known/jwks.json": JwksEndpoint(services.signing_keys),
+        "/.well-known/oauth-authorization-server": metadata,
+        "/.well-known/openid-configuration": metadata,
+        "/healthz": Liveness(),
+        "/readyz": Readiness(services.db, services.signing_keys),
+    }
+
+
+def _install_error_pages(app: FastAPI) -> None:
+    """Answer every error of the JSON API as a problem (RFC 9457); the framework's own echo what was sent."""
+
+    def respond(reply: Reply) -> Response:
+        return Response(reply.body, reply.status, {key.decode(): value.decode() for key, value in reply.headers})
+
+    @app.exception_handler(Unauthenticated)
+    async def unauthenticated(request: Request, error: Unauthenticated) -> Response:
+        request.scope["state"]["reason"] = error.reason
+        challenge = f'Bearer error="{error.code}"' if error.code else "Bearer"
+        return respond(
+            problem(401, "A valid access token is needed.", headers=[(b"www-authenticate", challenge.encode())])
+        )
+
+    @app.exception_handler(InsufficientScope)
+    async def insufficient(request: Request, error: InsufficientScope) -> Response:
+        challenge = f'Bearer error="insufficient_scope", scope="{error.scope}"'
+        return respond(
+            problem(403, "The access token may not do this.", headers=[(b"www-authenticate", challenge.encode())])
+        )
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return respond(problem(422, "The request is not valid."))
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        headers = [(key.lower().encode(), value.encode()) for key, value in (error.headers or {}).items()]
+        return respond(problem(error.status_code, error.detail, headers=headers))
+
+    @app.exception_handler(DatabaseUnavailable)
+    async def unavailable(request: Request, error: DatabaseUnavailable) -> Response:
+        request.scope["state"]["reason"] = "database_unavailable"
+        return respond(problem_of(error))

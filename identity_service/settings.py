@@ -1,0 +1,214 @@
+"""
+Every setting, its default, and the combinations the service refuses to start with.
+
+Read once from the environment (`IDENTITY_…`), typed and frozen. The default environment is production, and no secret
+has a default: what would be unsafe must be asked for, and some of it cannot be had.
+"""
+
+import ipaddress
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+Words = Annotated[tuple[str, ...], NoDecode]
+"""Several words in one variable: separated by commas, or a JSON list."""
+
+_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+_DAY = 86400
+
+
+class UnsafeSettings(Exception):
+    """The service must not start like this; the message says what to do and repeats no value."""
+
+
+class Settings(BaseSettings):
+    """The settings of one process. Durations are in seconds."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="IDENTITY_", frozen=True, extra="ignore", hide_input_in_errors=True, env_ignore_empty=True
+    )
+
+    environment: Literal["production", "development"] = "production"
+    issuer: str = ""
+    data_dir: Path = Path(".data")
+    database_url: SecretStr = SecretStr("")
+    database_pool_size: int = Field(10, ge=1, le=100)
+    allow_sqlite: bool = False
+    redis_url: SecretStr = SecretStr("")
+    master_key: SecretStr = SecretStr("")
+    master_key_file: Path | None = None
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=1, le=65535)
+    metrics_port: int | None = Field(None, ge=1, le=65535)
+    allowed_hosts: Words = ()
+    trusted_proxies: Words = ()
+    default_client_id: str | None = None
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_json: bool = True
+    access_log: bool = True
+    shutdown_grace: int = Field(25, ge=0, le=600)
+
+    access_token_ttl: int = Field(600, ge=60, le=3600)
+    refresh_idle_ttl: int = Field(14 * _DAY, ge=60, le=366 * _DAY)
+    refresh_absolute_ttl: int = Field(30 * _DAY, ge=60, le=366 * _DAY)
+
+    password_grant: bool = True
+    require_verified_email: bool = False
+    password_min_length: int = Field(8, ge=8, le=64)
+    password_classes: Words = ()
+    argon2_memory_kib: int = Field(19456, ge=8, le=65536)
+    argon2_time_cost: int = Field(2, ge=1, le=10)
+    argon2_parallelism: int = Field(1, ge=1, le=8)
+    hash_threads: int = Field(2, ge=1, le=64)
+    hash_queue: int = Field(64, ge=0, le=10_000)
+    hash_wait: float = Field(2.0, gt=0, le=30)
+    refusal_delay: float = Field(0.25, ge=0, le=5)
+
+    signing_key_bits: Literal[2048, 3072, 4096] = 2048
+    signing_key_lead: int = Field(_DAY, ge=1800, le=30 * _DAY)
+    signing_key_period: int = Field(30 * _DAY, ge=3600, le=366 * _DAY)
+    key_poll: float = Field(2.0, gt=0, le=5)
+
+    @field_validator("allowed_hosts", "trusted_proxies", "password_classes", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return json.loads(value) if value.startswith("[") and '"' in value else _words(value)
+        return value
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in value:
+            if ipaddress.ip_network(entry, strict=False).prefixlen == 0:
+                raise ValueError("trusting every address as a proxy lets anybody choose their own; name your proxies")
+        return value
+
+    @field_validator("password_classes")
+    @classmethod
+    def _classes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if set(value) - {"upper", "lower", "digit", "symbol"}:
+            raise ValueError("choose among upper, lower, digit, symbol")
+        return value
+
+    @field_validator("signing_key_bits", mode="before")
+    @classmethod
+    def _bits(cls, value: Any) -> Any:
+        return int(value) if isinstance(value, str) and value.isdigit() else value
+
+    @property
+    def production(self) -> bool:
+        """Whether everything unsafe is refused."""
+        return self.environment == "production"
+
+    @property
+    def database(self) -> str:
+        """The database's URL; in development, unless one is named, a file in the data directory."""
+        named = self.database_url.get_secret_value()
+        return named or f"sqlite+aiosqlite:///{(self.data_dir / 'identity.db').absolute()}"
+
+    @property
+    def on_sqlite(self) -> bool:
+        """Whether the database is the embedded one."""
+        return self.database.startswith("sqlite")
+
+    @property
+    def public_issuer(self) -> str:
+        """The issuer, which every link and every token is built from (never from a request)."""
+        return self.issuer or f"http://127.0.0.1:{self.port}"
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The Host values that are answered: the issuer's own, and those that are named."""
+        own = urlsplit(self.public_issuer).hostname or ""
+        own = f"[{own}]" if ":" in own else own
+        local = () if self.production else _LOOPBACK
+        return tuple(dict.fromkeys((own, *local, *self.allowed_hosts)))
+
+    @model_validator(mode="after")
+    def _issuer_is_an_origin(self) -> Self:
+        parts = urlsplit(self.public_issuer)
+        origin = f"{parts.scheme}://{parts.netloc}"
+        if (
+            self.public_issuer != origin
+            or parts.scheme not in ("https", "http")
+            or not parts.hostname
+            or parts.username
+        ):
+            raise ValueError("IDENTITY_ISSUER: scheme://host[:port] and nothing more, as clients shall see it")
+        return self
+
+    @model_validator(mode="after")
+    def _lifetimes_fit(self) -> Self:
+        if self.refresh_idle_ttl > self.refresh_absolute_ttl:
+            raise ValueError("IDENTITY_REFRESH_IDLE_TTL must not exceed IDENTITY_REFRESH_ABSOLUTE_TTL")
+        if self.signing_key_lead >= self.signing_key_period:
+            raise ValueError("IDENTITY_SIGNING_KEY_LEAD must be shorter than IDENTITY_SIGNING_KEY_PERIOD")
+        if self.master_key.get_secret_value() and self.master_key_file is not None:
+            raise ValueError("set IDENTITY_MASTER_KEY or IDENTITY_MASTER_KEY_FILE, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _production_is_safe(self) -> Self:
+        if not self.production:
+            return self
+        refusals = {
+            "IDENTITY_ISSUER is not set: name the https origin that clients reach this service by": not self.issuer,
+            "IDENTITY_ISSUER must be https in production": bool(self.issuer) and not self.issuer.startswith("https://"),
+            "IDENTITY_DATABASE_URL is not set: postgresql+psycopg://user@host/name": (
+                not self.database_url.get_secret_value() and not self.allow_sqlite
+            ),
+            "SQLite serves one machine only; if that is meant, set IDENTITY_ALLOW_SQLITE=true": (
+                self.on_sqlite and not self.allow_sqlite
+            ),
+            "no master key: set IDENTITY_MASTER_KEY_FILE (one per line, made with: openssl rand -base64 32)": (
+                not self.master_key.get_secret_value() and self.master_key_file is None
+            ),
+            "IDENTITY_DEFAULT_CLIENT_ID is for development: in production every client names itself": (
+                self.default_client_id is not None
+            ),
+            "IDENTITY_ALLOWED_HOSTS must name the hosts, not *": "*" in self.allowed_hosts,
+            "IDENTITY_ARGON2_MEMORY_KIB and IDENTITY_ARGON2_TIME_COST must be at least 19456 and 2": (
+                self.argon2_memory_kib < 19456 or self.argon2_time_cost < 2
+            ),
+            "IDENTITY_REFUSAL_DELAY must be at least 0.1: without it the time tells which names exist": (
+                self.refusal_delay < 0.1
+            ),
+            "IDENTITY_LOG_LEVEL must not be DEBUG in production": self.log_level == "DEBUG",
+        }
+        wrong = [message for message, refused in refusals.items() if refused]
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return self
+
+    @model_validator(mode="after")
+    def _database_is_known(self) -> Self:
+        if not self.database.startswith(("postgresql+psycopg://", "sqlite+aiosqlite:///")):
+            raise ValueError("IDENTITY_DATABASE_URL must begin with postgresql+psycopg:// or sqlite+aiosqlite:///")
+        return self
+
+
+def _words(text: str) -> list[str]:
+    return [word for part in text.split(",") if (word := part.strip())]
+
+
+def load_settings(**given: Any) -> Settings:
+    """
+    Return the settings of the environment, with `given` (from the command line) before them.
+
+    Raises UnsafeSettings with one line per fault.
+    """
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        lines = []
+        for fault in error.errors(include_input=False, include_url=False, include_context=False):
+            name = "_".join(("IDENTITY", *(str(part).upper() for part in fault["loc"][:1]))) if fault["loc"] else ""
+            message = fault["msg"].removeprefix("Value error, ")
+            lines += [f"{name}: {part}" if name else part for part in message.split("; ")]
+        raise UnsafeSettings("\n".join(lines)) from None

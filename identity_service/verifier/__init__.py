@@ -1,0 +1,1 @@
+"""Check this service's access tokens offline. Needs nothing of the server."""

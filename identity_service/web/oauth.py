@@ -1,0 +1,266 @@
+"""
+The protocol's endpoints for machines: token, revocation, JWKS, discovery.
+
+They stand before the framework: they parse for themselves, and strictly. Each opens its transactions in sight, and
+nothing is said before it is committed.
+"""
+
+import asyncio
+import json
+import math
+from collections.abc import Sequence
+from typing import final
+
+from identity_service.accounts.clients import AUTH_METHODS
+from identity_service.accounts.refresh_families import RefreshFamilies, Rejected
+from identity_service.infra.audit import AuditTrail, Origin
+from identity_service.infra.database import Database
+from identity_service.infra.runtime import Secret
+from identity_service.infra.telemetry import TOKENS
+from identity_service.oauth.errors import InvalidGrant, InvalidRequest, UnsupportedTokenType
+from identity_service.oauth.grants.pipeline import Issued, Pipeline, Refusal
+from identity_service.oauth.signing_keys import Document, SigningKeys
+from identity_service.web.asgi import JSON, NO_STORE, Headers, Receive, Reply, Scope, Send
+from identity_service.web.deps import ClientAuthenticator, IPNetwork, basic_was_used, client_credentials, network_of
+from identity_service.web.errors import as_oauth, oauth_reply
+from identity_service.web.forms import ClientGone, Form, check_media_type, parse_form, read_body, refuse_query
+
+_SHORTEST_KEY, _LONGEST_KEY = 16, 255
+_JWKS_CACHE = b"public, max-age=300, stale-while-revalidate=600, stale-if-error=3600"
+
+
+def _retry_key(headers: Headers) -> Secret | None:
+    """Return the Idempotency-Key, if there is one; raises InvalidRequest for one that cannot be used."""
+    values = headers.all("idempotency-key")
+    if not values:
+        return None
+    key = values[0]
+    visible = all("\x21" <= letter <= "\x7e" for letter in key)
+    if len(values) > 1 or not visible or not _SHORTEST_KEY <= len(key) <= _LONGEST_KEY:
+        raise InvalidRequest(
+            "The Idempotency-Key must be one value of 16 to 255 visible ASCII characters.", reason="idempotency_key"
+        )
+    return Secret(key)
+
+
+class FormEndpoint:
+    """What the endpoints for clients share: POST only, a strict form, an authenticated client, OAuth errors."""
+
+    methods: Sequence[str] = ("POST",)
+
+    def __init__(
+        self,
+        authenticator: ClientAuthenticator,
+        *,
+        trusted_proxies: Sequence[IPNetwork],
+        default_client_id: str | None,
+    ) -> None:
+        self._authenticator = authenticator
+        self._trusted_proxies = trusted_proxies
+        self._default_client_id = default_client_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        headers = Headers(scope["headers"])
+        try:
+            refuse_query(scope["query_string"])
+            check_media_type(headers)
+            form = parse_form(await read_body(headers, receive))
+            origin = Origin(network_of(scope, headers, self._trusted_proxies), scope["state"]["request_id"])
+            reply = await self.answer(headers, form, origin, scope)
+        except ClientGone:
+            return
+        except Exception as error:  # the one place where a fault becomes an answer
+            known = as_oauth(error)
+            scope["state"]["reason"] = known.reason if known else "fault"
+            reply = oauth_reply(error, basic_was_used=basic_was_used(headers))
+        await reply.send(send)
+
+    async def answer(self, headers: Headers, form: Form, origin: Origin, scope: Scope) -> Reply:
+        """Return the answer to a parsed request."""
+        raise NotImplementedError
+
+
+@final
+class TokenEndpoint(FormEndpoint):
+    """`POST /token` (RFC 6749 §3.2)."""
+
+    def __init__(
+        self,
+        authenticator: ClientAuthenticator,
+        db: Database,
+        pipeline: Pipeline,
+        *,
+        trusted_proxies: Sequence[IPNetwork],
+        default_client_id: str | None,
+        refusal_delay: float,
+    ) -> None:
+        """`refusal_delay` is in seconds: refusals whose duration would tell something leave at its next multiple."""
+        super().__init__(authenticator, trusted_proxies=trusted_proxies, default_client_id=default_client_id)
+        self._db = db
+        self._pipeline = pipeline
+        self._refusal_delay = refusal_delay
+
+    async def answer(self, headers: Headers, form: Form, origin: Origin, scope: Scope) -> Reply:
+        """Authenticate the client, prove the grant, commit, and only then speak."""
+        started = asyncio.get_running_loop().time()
+        grant_type = form.values.get("grant_type")
+        if grant_type is None:
+            raise InvalidRequest("The parameter grant_type is missing.", reason="parameter_missing")
+        credentials = client_credentials(headers, form.values, default=self._default_client_id)
+        client = await self._authenticator.authenticate(credentials, origin)
+        label = grant_type if grant_type in self._pipeline.grant_types else "other"
+        scope["state"]["client_id"] = client.id
+        try:
+            request = self._pipeline.admit(
+                client,
+                form.values,
+                form.repeated.get("resource", ()),
+                origin=origin,
+                retry_key=_retry_key(headers) if grant_type == "refresh_token" else None,
+            )
+            evidence = await self._db.run(lambda tx: self._pipeline.examine(tx, request))
+            evidence = await self._pipeline.weigh(request, evidence)
+            outcome = await self._db.run(lambda tx: self._pipeline.exchange(tx, request, evidence))
+        except Exception as error:
+            known = as_oauth(error)
+            TOKENS.labels(label, client.id, known.code if known else "fault").inc()
+            raise
+        if isinstance(outcome, Refusal):
+            TOKENS.labels(label, client.id, outcome.error.code).inc()
+            if outcome.uniform:
+                await self._until_uniform(started)
+            raise outcome.error
+        TOKENS.labels(label, client.id, "issued").inc()
+        await self._pipeline.settled(request, evidence)
+        return _token_reply(outcome)
+
+    async def _until_uniform(self, started: float) -> None:
+        """Wait for the next multiple of the refusal delay since the request began."""
+        if self._refusal_delay > 0:
+            elapsed = asyncio.get_running_loop().time() - started
+            leaves_at = math.ceil(elapsed / self._refusal_delay) * self._refusal_delay
+            await asyncio.sleep(leaves_at - elapsed)
+
+
+def _token_reply(issued: Issued) -> Reply:
+    body = {"access_token": issued.access_token, "token_type": "Bearer", "expires_in": issued.expires_in}
+    if issued.refresh_token is not None:
+        body["refresh_token"] = issued.refresh_token.reveal()
+    body["scope"] = " ".join(issued.scope)
+    return Reply(200, json.dumps(body, separators=(",", ":")).encode("ascii"), (JSON, *NO_STORE, *issued.headers))
+
+
+@final
+class RevocationEndpoint(FormEndpoint):
+    """`POST /revoke` (RFC 7009), for refresh tokens; the whole family ends."""
+
+    def __init__(
+        self,
+        authenticator: ClientAuthenticator,
+        db: Database,
+        families: RefreshFamilies,
+        audit: AuditTrail,
+        *,
+        trusted_proxies: Sequence[IPNetwork],
+    ) -> None:
+        super().__init__(authenticator, trusted_proxies=trusted_proxies, default_client_id=None)
+        self._db = db
+        self._families = families
+        self._audit = audit
+
+    async def answer(self, headers: Headers, form: Form, origin: Origin, scope: Scope) -> Reply:
+        """End the family; a token nobody knows is answered as one that was ended (RFC 7009 §2.2)."""
+        client = await self._authenticator.authenticate(
+            client_credentials(headers, form.values, default=self._default_client_id), origin
+        )
+        scope["state"]["client_id"] = client.id
+        if (text := form.values.get("token")) is None:
+            raise InvalidRequest("The parameter token is missing.", reason="parameter_missing")
+        presented = self._families.read(Secret(text))
+        if presented is None:
+            if text.count(".") == 2:
+                raise UnsupportedTokenType("Access tokens expire; they are not revoked.", reason="access_token")
+            return Reply(200, b"", NO_STORE)
+        async with self._db.transaction() as tx:
+            ended = await self._families.revoke(tx, presented, client)
+            if ended is not None and not isinstance(ended, Rejected):
+                await self._audit.record(
+                    tx,
+                    "token.revoked",
+                    origin=origin,
+                    actor=client.id,
+                    target=str(presented.family_id),
+                    client_id=client.id,
+                    detail={"user": str(ended)},
+                )
+        if isinstance(ended, Rejected):
+            raise InvalidGrant("The token was not issued to this client.", reason=ended.verdict)
+        return Reply(200, b"", NO_STORE)
+
+
+class DocumentEndpoint:
+    """A public document: prebuilt bytes, a strong entity tag, 304 (RFC 9110 §13.1.2). Asks no database."""
+
+    methods: Sequence[str] = ("GET", "HEAD")
+
+    def __init__(self, cache_control: bytes) -> None:
+        self._cache_control = cache_control
+
+    def document(self) -> Document:
+        """Return the document as it is now."""
+        raise NotImplementedError
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        document = self.document()
+        caching = ((b"cache-control", self._cache_control), (b"etag", document.etag))
+        asked = Headers(scope["headers"]).one("if-none-match")
+        if asked is not None and _matches(asked, document.etag.decode("ascii")):
+            await Reply(304, b"", caching).send(send)
+            return
+        await Reply(200, document.body, (JSON, *caching)).send(send, head=scope["method"] == "HEAD")
+
+
+def _matches(asked: str, etag: str) -> bool:
+    """Compare weakly, as If-None-Match does (RFC 9110 §13.1.2)."""
+    return asked.strip() == "*" or etag in (tag.strip().removeprefix("W/") for tag in asked.split(","))
+
+
+@final
+class JwksEndpoint(DocumentEndpoint):
+    """`GET /.well-known/jwks.json` (RFC 7517 §5)."""
+
+    def __init__(self, keys: SigningKeys) -> None:
+        super().__init__(_JWKS_CACHE)
+        self._keys = keys
+
+    def document(self) -> Document:
+        """Return the key set."""
+        return self._keys.jwks()
+
+
+@final
+class MetadataEndpoint(DocumentEndpoint):
+    """`GET /.well-known/oauth-authorization-server` (RFC 8414 §3) and its OpenID twin (OIDC Discovery §4)."""
+
+    def __init__(self, *, issuer: str, grant_types: Sequence[str]) -> None:
+        super().__init__(b"public, max-age=300")
+        self._document = Document.of(
+            {
+                "issuer": issuer,
+                "token_endpoint": f"{issuer}/token",
+                "revocation_endpoint": f"{issuer}/revoke",
+                "jwks_uri": f"{issuer}/.well-known/jwks.json",
+                "response_types_supported": [],
+                "grant_types_supported": list(grant_types),
+                "token_endpoint_auth_methods_supported": list(AUTH_METHODS),
+                "revocation_endpoint_auth_methods_supported": list(AUTH_METHODS),
+                "subject_types_supported": ["public"],
+                "id_token_signing_alg_values_supported": ["RS256"],
+            }
+        )
+
+    def document(self) -> Document:
+        """Return the metadata; it lists only what is switched on."""
+        return self._document
