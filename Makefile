@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml requirements/dev.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install -q uv || echo "uv is not to be had here, pip takes over"
 	@if test -x $(BIN)/uv; then \
-	  $(BIN)/uv pip install -q --python $(BIN)/python --require-hashes -r requirements/dev.txt && \
+	  $(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python --require-hashes -r requirements/dev.txt && \
 	  $(BIN)/uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .; \
 	else \
 	  $(BIN)/python -m pip install -q --require-hashes -r requirements/dev.txt && \

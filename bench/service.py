@@ -71,7 +71,7 @@ class Service:
             "IDENTITY_ISSUER": "https://id.example",
             "IDENTITY_ALLOWED_HOSTS": '["127.0.0.1"]',
             "IDENTITY_DATABASE_URL": database_url,
-            "IDENTITY_MASTER_KEY": "bench:" + base64.b64encode(secrets.token_bytes(32)).decode(),
+            "IDENTITY_MASTER_KEY": base64.b64encode(secrets.token_bytes(32)).decode(),
         }
         self._command("migrate")
         self.client = Machine(**self._create_client("bench-machine", "--grant", "client_credentials"))

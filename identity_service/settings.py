@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
 Words = Annotated[tuple[str, ...], NoDecode]
 """Several words in one variable: separated by commas, or a JSON list."""
@@ -78,14 +80,18 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: Any) -> Any:
         if isinstance(value, str):
-            return json.loads(value) if value.startswith("[") and '"' in value else _words(value)
+            return _json_list(value) if value.startswith("[") and '"' in value else _words(value)
         return value
 
     @field_validator("trusted_proxies")
     @classmethod
     def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for entry in value:
-            if ipaddress.ip_network(entry, strict=False).prefixlen == 0:
+            try:
+                network = ipaddress.ip_network(entry, strict=False)
+            except ValueError:
+                raise ValueError("addresses or networks, as 10.0.0.0/8, separated by commas") from None
+            if network.prefixlen == 0:
                 raise ValueError("trusting every address as a proxy lets anybody choose their own; name your proxies")
         return value
 
@@ -132,14 +138,18 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _issuer_is_an_origin(self) -> Self:
-        parts = urlsplit(self.public_issuer)
-        origin = f"{parts.scheme}://{parts.netloc}"
-        if (
-            self.public_issuer != origin
-            or parts.scheme not in ("https", "http")
-            or not parts.hostname
-            or parts.username
-        ):
+        try:
+            parts = urlsplit(self.public_issuer)
+            good = (
+                self.public_issuer == f"{parts.scheme}://{parts.netloc}"
+                and parts.scheme in ("https", "http")
+                and bool(parts.hostname)
+                and parts.username is None
+                and parts.port != 0
+            )
+        except ValueError:
+            good = False
+        if not good:
             raise ValueError("IDENTITY_ISSUER: scheme://host[:port] and nothing more, as clients shall see it")
         return self
 
@@ -164,7 +174,7 @@ class Settings(BaseSettings):
                 not self.database_url.get_secret_value() and not self.allow_sqlite
             ),
             "SQLite serves one machine only; if that is meant, set IDENTITY_ALLOW_SQLITE=true": (
-                self.on_sqlite and not self.allow_sqlite
+                bool(self.database_url.get_secret_value()) and self.on_sqlite and not self.allow_sqlite
             ),
             "no master key: set IDENTITY_MASTER_KEY_FILE (one per line, made with: openssl rand -base64 32)": (
                 not self.master_key.get_secret_value() and self.master_key_file is None
@@ -183,14 +193,38 @@ class Settings(BaseSettings):
         }
         wrong = [message for message, refused in refusals.items() if refused]
         if wrong:
-            raise ValueError("; ".join(wrong))
+            raise ValueError("\n".join(wrong))
         return self
 
     @model_validator(mode="after")
     def _database_is_known(self) -> Self:
         if not self.database.startswith(("postgresql+psycopg://", "sqlite+aiosqlite:///")):
             raise ValueError("IDENTITY_DATABASE_URL must begin with postgresql+psycopg:// or sqlite+aiosqlite:///")
+        try:
+            make_url(self.database)
+        except (ArgumentError, ValueError):
+            raise ValueError("IDENTITY_DATABASE_URL: scheme://user:password@host:port/name, percent-encoded") from None
         return self
+
+    @model_validator(mode="after")
+    def _redis_is_known(self) -> Self:
+        if url := self.redis_url.get_secret_value():
+            wrong = "IDENTITY_REDIS_URL: redis://, rediss:// or unix://, then user:password@host:port/number"
+            try:
+                known = urlsplit(url).scheme in ("redis", "rediss", "unix") and urlsplit(url).port != 0
+            except ValueError:
+                raise ValueError(wrong) from None
+            if not known:
+                raise ValueError(wrong)
+        return self
+
+
+def _json_list(text: str) -> list[Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        raise ValueError("words separated by commas, or a JSON list") from None
+    return value if isinstance(value, list) else [value]
 
 
 def _words(text: str) -> list[str]:
@@ -210,5 +244,5 @@ def load_settings(**given: Any) -> Settings:
         for fault in error.errors(include_input=False, include_url=False, include_context=False):
             name = "_".join(("IDENTITY", *(str(part).upper() for part in fault["loc"][:1]))) if fault["loc"] else ""
             message = fault["msg"].removeprefix("Value error, ")
-            lines += [f"{name}: {part}" if name else part for part in message.split("; ")]
+            lines += [f"{name}: {part}" if name else part for part in message.splitlines()]
         raise UnsafeSettings("\n".join(lines)) from None

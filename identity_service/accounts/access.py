@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterable
 from typing import final
 
-from sqlalchemy import delete, insert, select
+from sqlalchemy import Table, delete, select
+from sqlalchemy.dialects import postgresql, sqlite
 
 from identity_service.infra.database import Transaction
 from identity_service.infra.runtime import Clock
@@ -18,6 +19,11 @@ from identity_service.infra.tables import role_scopes, roles, scopes
 
 _SCOPE_TOKEN = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]{1,128}")
 _MOST_SCOPES = 100
+
+
+class InvalidScopeName(ValueError):
+    """A scope was to be stored that no request could ask for; the message says what a scope is."""
+
 
 ScopeList = tuple[str, ...]
 """Scopes in the order they were asked for, each once."""
@@ -37,6 +43,13 @@ def within(wanted: Iterable[str], allowed: Iterable[str]) -> ScopeList:
     """Return those of `wanted` that are among `allowed`, by exact comparison, in their order."""
     held = frozenset(allowed)
     return tuple(scope for scope in wanted if scope in held)
+
+
+def _unless_there(tx: Transaction, table: Table) -> postgresql.Insert | sqlite.Insert:
+    """Return an INSERT that leaves a row alone which somebody else made meanwhile."""
+    if tx.on_sqlite:
+        return sqlite.insert(table).on_conflict_do_nothing()
+    return postgresql.insert(table).on_conflict_do_nothing()
 
 
 @final
@@ -60,11 +73,18 @@ class Access:
         return list((await tx.execute(select(roles.c.name).order_by(roles.c.rank))).scalars())
 
     async def define(self, tx: Transaction, names: Iterable[str]) -> list[str]:
-        """Make sure these scopes exist; return those that are new. A new scope belongs to no role yet."""
+        """
+        Make sure these scopes exist; return those that are new. A new scope belongs to no role yet.
+
+        Raises InvalidScopeName.
+        """
+        names = list(names)
+        if not all(parse_scope(name) == (name,) for name in names):
+            raise InvalidScopeName("a scope is one word of RFC 6749 section 3.3, of at most 128 characters")
         known = set((await tx.execute(select(scopes.c.name))).scalars())
         new = [name for name in dict.fromkeys(names) if name not in known]
         for name in new:
-            await tx.execute(insert(scopes).values(name=name, description=""))
+            await tx.execute(_unless_there(tx, scopes).values(name=name, description=""))
         return new
 
     async def grant(self, tx: Transaction, role: str, names: Iterable[str]) -> None:
@@ -72,7 +92,7 @@ class Access:
         held = set((await tx.execute(select(role_scopes.c.scope).where(role_scopes.c.role == role))).scalars())
         for name in dict.fromkeys(names):
             if name not in held:
-                await tx.execute(insert(role_scopes).values(role=role, scope=name))
+                await tx.execute(_unless_there(tx, role_scopes).values(role=role, scope=name))
         self._roles.forget(role)
 
     async def withdraw(self, tx: Transaction, role: str, names: Iterable[str]) -> None:

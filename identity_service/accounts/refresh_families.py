@@ -332,7 +332,7 @@ class RefreshFamilies:
         idle, _ = self._lifetimes.of(client)
         digest = self._retry_digest(genuine.family_id, retry_key)
         nonce, kid = os.urandom(_NONCE_BYTES), self._keys["refresh"].kid
-        moved = await tx.execute(
+        row = await tx.fetch_hot(
             _ROTATE,
             {
                 "new_nonce": nonce,
@@ -346,8 +346,10 @@ class RefreshFamilies:
                 "nonce": genuine.nonce,
             },
         )
-        if (row := moved.first()) is not None:
-            return self._family(genuine.family_id, row, self._write(genuine.family_id, row.generation, nonce, kid))
+        if row is not None:
+            generation, user_id, scope, audiences, auth_time, amr, role = row
+            token = self._write(genuine.family_id, generation, nonce, kid)
+            return _family(genuine.family_id, user_id, token, scope, audiences, auth_time, amr, role)
         return await self._settle(tx, genuine, client, digest, now)
 
     async def _settle(
@@ -368,7 +370,8 @@ class RefreshFamilies:
         if verdict is Verdict.CURRENT:
             raise TransactionConflict("the family changed under the rotation")
         if verdict is Verdict.RETRIED:
-            return self._family(row.id, row, self._write(row.id, row.generation, row.nonce, row.mac_kid))
+            token = self._write(row.id, row.generation, row.nonce, row.mac_kid)
+            return _family(row.id, row.user_id, token, row.scope, row.audiences, row.auth_time, row.amr, row.role)
         if verdict.ends_family:
             await self._revoke(tx, [row.id], verdict)
         return Rejected(verdict, row.id, row.user_id, ended=verdict.ends_family)
@@ -453,19 +456,20 @@ class RefreshFamilies:
             .values(revoked_at=self._clock.now(), revoked_reason=str(reason))
         )
 
-    @staticmethod
-    def _family(family_id: uuid.UUID, row: Row[Any], token: Secret) -> Family:
-        audiences: Mapping[str, list[str]] = row.audiences
-        return Family(
-            id=family_id,
-            user_id=row.user_id,
-            token=token,
-            scope=tuple(row.scope.split()),
-            audiences=Audiences(tuple(audiences["default"]), tuple(audiences["allowed"])),
-            auth_time=row.auth_time,
-            amr=tuple(row.amr.split()),
-            role=row.role,
-        )
+
+def _family(
+    family_id: uuid.UUID,
+    user_id: uuid.UUID,
+    token: Secret,
+    scope: str,
+    audiences: Mapping[str, list[str]],
+    auth_time: datetime,
+    amr: str,
+    role: str,
+) -> Family:
+    """Return a family from the values its row stores."""
+    covered = Audiences(tuple(audiences["default"]), tuple(audiences["allowed"]))
+    return Family(family_id, user_id, token, tuple(scope.split()), covered, auth_time, tuple(amr.split()), role)
 
 
 def _with_owners(*, lock: bool = True) -> Select[Any]:

@@ -8,6 +8,7 @@ back if it was right; firing many at once gains nothing. Names that do not exist
 from dataclasses import dataclass
 from typing import final
 
+from identity_service.accounts.users import canonical_email, canonical_username
 from identity_service.infra.data_keys import DataKeys
 from identity_service.infra.ratelimit import Allowed, Limited, Limiter, Rule, Spend
 
@@ -51,8 +52,13 @@ class SignInThrottle:
         self._keys = keys
 
     def name_hash(self, name: str) -> str:
-        """Return the keyed hash of a name as typed: people type passwords into the name field."""
-        return self._keys["names"].mac(name.encode("utf-8", "surrogatepass"))[:16].hex()
+        """
+        Return the keyed hash of a name: people type passwords into the name field.
+
+        Spellings that mean one account have one hash, or each would be another set of guesses at it.
+        """
+        known_as = canonical_email(name) or canonical_username(name) or name
+        return self._keys["names"].mac(known_as.encode("utf-8", "surrogatepass"))[:16].hex()
 
     async def book(self, name: str, network: str) -> Attempt | Limited:
         """Book an attempt, or say how long to wait."""

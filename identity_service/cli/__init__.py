@@ -32,7 +32,11 @@ app.add_typer(keys.audit_app, name="audit")
 def main() -> None:
     """Run a command; say in a sentence what stands in its way, and end with 1 for a refusal, 2 for bad settings."""
     try:
+        "".join(sys.argv).encode()
         app()
+    except UnicodeEncodeError:
+        typer.echo("identity-service: the arguments are not valid UTF-8", err=True)
+        sys.exit(1)
     except (UnsafeSettings, MasterKeyError) as error:
         typer.echo(f"identity-service will not start:\n{error}", err=True)
         sys.exit(2)
@@ -41,4 +45,8 @@ def main() -> None:
         sys.exit(1)
     except DatabaseUnavailable as error:
         typer.echo(f"identity-service: the database cannot be reached ({error}); nothing was changed", err=True)
+        sys.exit(1)
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        typer.echo(f"identity-service: {error.strerror or type(error).__name__}{where}", err=True)
         sys.exit(1)

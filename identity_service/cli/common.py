@@ -5,7 +5,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -39,25 +40,35 @@ def settings_for(data_dir: Path | None, **given: Any) -> Settings:
     given = {name: value for name, value in given.items() if value is not None}
     if data_dir is not None:
         given["data_dir"] = data_dir
-        if "IDENTITY_ENVIRONMENT" not in os.environ and "IDENTITY_DATABASE_URL" not in os.environ:
-            given["environment"] = "development"
+        if str(data_dir) != os.environ.get("IDENTITY_DATA_DIR"):  # said on the command line, before any named database
+            given["database_url"] = ""
+        named = given.get("database_url", os.environ.get("IDENTITY_DATABASE_URL"))
+        if not named and not os.environ.get("IDENTITY_ENVIRONMENT"):
+            given.setdefault("environment", "development")
     return load_settings(**given)
+
+
+@asynccontextmanager
+async def opened(settings: Settings) -> AsyncIterator[Services]:
+    """Yield the services on a database whose schema is new enough; raises Refused."""
+    services = build_services(settings)
+    try:
+        revision = await services.db.revision()
+        if revision is None or revision < SCHEMA_REVISION:
+            raise Refused("the database's schema is older than this version: run `identity-service migrate`")
+        yield services
+    finally:
+        await services.close()
 
 
 async def with_services(
     settings: Settings, work: Callable[[Services, Transaction], Awaitable[Answer]], *, keys: bool = False
 ) -> Answer:
     """Do `work` in one transaction; with `keys`, load the keys first and make those that are missing."""
-    services = build_services(settings)
-    try:
-        revision = await services.db.revision()
-        if revision is None or revision < SCHEMA_REVISION:
-            raise Refused("the database's schema is older than this version: run `identity-service migrate`")
+    async with opened(settings) as services:
         if keys:
             await load_keys(services)
         return await services.db.run(lambda tx: work(services, tx))
-    finally:
-        await services.close()
 
 
 def run(
@@ -82,7 +93,10 @@ def split(values: list[str] | None) -> list[str]:
 def read_password(*, from_stdin: bool) -> Secret:
     """Return a password from standard input, or ask for one."""
     if from_stdin:
-        return Secret(sys.stdin.readline().rstrip("\r\n"))
+        try:
+            return Secret(sys.stdin.buffer.readline().decode("utf-8").rstrip("\r\n"))
+        except UnicodeDecodeError:
+            raise Refused("the password on standard input is not valid UTF-8") from None
     if not sys.stdin.isatty():
         raise Refused("give the password on standard input, with --password-stdin")
     return Secret(typer.prompt("Password", hide_input=True, confirmation_prompt=True))

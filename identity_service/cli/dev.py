@@ -13,10 +13,9 @@ import typer
 
 from identity_service.accounts.clients import NO_AUTHENTICATION, NewClient
 from identity_service.cli.common import ACTOR, AsJson, DataDir, settings_for, with_services
-from identity_service.cli.serving import run_server
+from identity_service.cli.serving import bring_up_to_date, run_server
 from identity_service.infra import telemetry
 from identity_service.infra.database import Transaction
-from identity_service.infra.migrate import migrate
 from identity_service.infra.runtime import Secret
 from identity_service.main import Services
 from identity_service.settings import Settings
@@ -46,7 +45,7 @@ def dev(
     data_dir = data_dir or Path(".data")
     settings = settings_for(data_dir, environment="development", host=host, port=port, log_json=as_json)
     telemetry.configure_logging(level=settings.log_level, as_json=settings.log_json, stream=sys.stderr)
-    migrate(settings.database)
+    bring_up_to_date(settings)
     demo = _prepare(settings, data_dir / "demo.json")
     settings = settings.model_copy(update={"default_client_id": demo.client_id})
 

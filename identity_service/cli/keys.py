@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from identity_service.cli.common import ACTOR, AsJson, DataDir, Refused, run, say, settings_for
+from identity_service.cli.common import ACTOR, AsJson, DataDir, Refused, opened, run, say, settings_for
 from identity_service.infra import telemetry
 from identity_service.infra.database import Transaction
-from identity_service.main import Services, build_services
+from identity_service.main import Services
 from identity_service.oauth.signing_keys import KeyRecord, KeyState, NoUsableKey, Plan
 
 app = typer.Typer(help="Signing keys and the master key.", no_args_is_help=True, rich_markup_mode=None)
@@ -157,13 +157,10 @@ def cleanup(
     telemetry.configure_logging(level="WARNING", as_json=settings.log_json, stream=sys.stderr)
 
     async def main() -> int:
-        services = build_services(settings)
         deleted = 0
-        try:
+        async with opened(settings) as services:
             while done := await services.db.run(lambda tx: services.families.clean_up(tx, batch=batch)):
                 deleted += done
-        finally:
-            await services.close()
         return deleted
 
     deleted = asyncio.run(main())

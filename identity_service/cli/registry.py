@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from identity_service.accounts.access import InvalidScopeName
 from identity_service.accounts.clients import (
     AUTH_METHODS,
     GRANT_TYPES,
@@ -191,7 +192,10 @@ def _change_role(role: str, scopes: list[str], data_dir: Any, *, grant: bool) ->
         if role not in await services.access.role_names(tx):
             raise Refused("there is no such role")
         if grant:
-            await services.access.define(tx, scopes)
+            try:
+                await services.access.define(tx, scopes)
+            except InvalidScopeName as error:
+                raise Refused(str(error)) from None
             await services.access.grant(tx, role, scopes)
         else:
             await services.access.withdraw(tx, role, scopes)

@@ -3,20 +3,24 @@
 import fcntl
 import gc
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from socket import socket
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import uvicorn
+from sqlalchemy.exc import OperationalError
 
 from identity_service.cli.common import DataDir, Refused, settings_for
 from identity_service.infra import telemetry
+from identity_service.infra.database import DatabaseUnavailable
 from identity_service.infra.migrate import migrate as migrate_database
+from identity_service.infra.runtime.envelope import MasterKeyError
 from identity_service.main import create_app
-from identity_service.settings import Settings
+from identity_service.settings import Settings, UnsafeSettings
+from identity_service.web.asgi import Receive, Scope, Send
 
 
 def serve(
@@ -34,8 +38,20 @@ def migrate(data_dir: DataDir = None) -> None:
     """Bring the database to this version's schema; running it again changes nothing."""
     settings = settings_for(data_dir)
     telemetry.configure_logging(level="WARNING", as_json=settings.log_json, stream=sys.stderr)
-    migrate_database(settings.database)
+    bring_up_to_date(settings)
     typer.echo("The schema is up to date.")
+
+
+def bring_up_to_date(settings: Settings) -> None:
+    """Migrate the database of the settings; raises DatabaseUnavailable, after which the last whole revision stands."""
+    try:
+        migrate_database(settings.database)
+    except OperationalError as error:
+        raise DatabaseUnavailable(getattr(error.orig, "sqlstate", None) or type(error.orig).__name__) from None
+
+
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+_REFUSALS = (UnsafeSettings, MasterKeyError, DatabaseUnavailable)
 
 
 class _Server(uvicorn.Server):
@@ -58,9 +74,14 @@ def run_server(settings: Settings, *, when_ready: Callable[[], None] = lambda: N
     """Serve until a signal ends it; leaves the process with 3 when the start was refused."""
     with _only_one_on_sqlite(settings):
         if settings.metrics_port is not None:
-            telemetry.serve_metrics(settings.metrics_port, settings.host)
+            try:
+                telemetry.serve_metrics(settings.metrics_port, settings.host)
+            except OSError as error:
+                raise Refused(f"the metrics port cannot be opened: {error.strerror}") from None
+        refusals: list[Exception] = []
         config = uvicorn.Config(
-            create_app(settings),
+            _telling_refusals(create_app(settings), refusals),
+            interface="asgi3",
             host=settings.host,
             port=settings.port,
             http="httptools",
@@ -74,8 +95,29 @@ def run_server(settings: Settings, *, when_ready: Callable[[], None] = lambda: N
         )
         server = _Server(config, when_ready)
         server.run()
+    if refusals:
+        raise refusals[0]
     if not server.started:
         raise typer.Exit(3)
+
+
+def _telling_refusals(app: Application, refusals: list[Exception]) -> Application:
+    """Return the application; why it refused to start goes to `refusals` and not, as a traceback, to the log."""
+
+    async def lifespan(scope: Scope, receive: Receive, send: Send) -> None:
+        async def sending(message: MutableMapping[str, Any]) -> None:
+            error = sys.exc_info()[1]
+            if message["type"] == "lifespan.startup.failed" and isinstance(error, _REFUSALS):
+                refusals.append(error)
+                message = {"type": message["type"], "message": ""}
+            await send(message)
+
+        await app(scope, receive, sending)
+
+    def guarded(scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        return lifespan(scope, receive, send) if scope["type"] == "lifespan" else app(scope, receive, send)
+
+    return guarded
 
 
 @contextmanager

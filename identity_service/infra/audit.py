@@ -102,20 +102,24 @@ class AuditTrail:
             self._seen[key] = self._seen.get(key, 0) + 1
         await self.record(tx, event, origin=origin, target=target, client_id=client_id, detail=detail)
 
-    async def flush(self, tx: Transaction) -> int:
-        """Write one row with a count for each kind of failure that was held back; return how many rows."""
-        held, self._held = self._held, {}
-        try:
-            for (event, target, network), count in held.items():
-                origin = Origin(network=network, request_id="")
-                await self.record(
-                    tx, event, origin=origin, target=target, occurrences=count, detail={"held_back": True}
-                )
-        except BaseException:
-            for key, count in held.items():
-                self._held[key] = self._held.get(key, 0) + count
-            raise
-        return len(held)
+    async def flush(self, tx: Transaction) -> Mapping[tuple[str, str, str], int]:
+        """
+        Write one row with a count for each kind of failure that was held back; return what was written.
+
+        They stay held until `flushed` hears that the rows were committed.
+        """
+        held = dict(self._held)
+        for (event, target, network), count in held.items():
+            origin = Origin(network=network, request_id="")
+            await self.record(tx, event, origin=origin, target=target, occurrences=count, detail={"held_back": True})
+        return held
+
+    def flushed(self, written: Mapping[tuple[str, str, str], int]) -> None:
+        """Let go of failures whose rows were committed; what was counted meanwhile stays."""
+        for key, count in written.items():
+            self._held[key] -= count
+            if not self._held[key]:
+                del self._held[key]
 
     async def recent(self, tx: Transaction, *, limit: int, event: str | None = None) -> Sequence[Row[Any]]:
         """Return the newest rows, newest first."""

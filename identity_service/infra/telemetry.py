@@ -4,9 +4,10 @@ Logs and metrics: one JSON line per event, a handful of counters, and never a se
 Metrics carry no user, address or token, and every label has few values, so that nobody outside can make them grow.
 """
 
+import json
 import logging
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, TextIO
 
 import structlog
@@ -35,6 +36,14 @@ def _redact(_logger: object, _method: str, event: MutableMapping[str, Any]) -> M
     return event
 
 
+# Made once: asked for an encoder with options, the standard library builds a new one for every line.
+_ENCODER = json.JSONEncoder(default=repr, separators=(",", ":"))
+
+
+def _to_json(event: Mapping[str, Any], **_options: object) -> str:
+    return _ENCODER.encode(event)
+
+
 def configure_logging(*, level: str = "INFO", as_json: bool = True, stream: TextIO | None = None) -> None:
     """Send structlog and the standard library's logging to `stream` (standard output), one line per event."""
     stream = stream or sys.stdout
@@ -45,9 +54,10 @@ def configure_logging(*, level: str = "INFO", as_json: bool = True, stream: Text
         _redact,
     ]
     renderer: list[structlog.typing.Processor] = (
-        [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+        [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(_to_json)]
         if as_json
-        else [structlog.dev.ConsoleRenderer(colors=False)]
+        # A traceback with the values of local variables, the library's default, would show passwords.
+        else [structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)]
     )
     structlog.configure(
         processors=[*shared, *renderer],

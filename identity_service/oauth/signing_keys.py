@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from sqlalchemy import insert, or_, select, update
 
+from identity_service.infra import telemetry
 from identity_service.infra.database import Transaction
 from identity_service.infra.runtime import Clock
 from identity_service.infra.runtime.envelope import MasterKeyError, MasterKeys, Wrapped
@@ -101,9 +102,17 @@ class Plan:
 
 
 def signer(records: Iterable[KeyRecord], now: datetime) -> KeyRecord | None:
-    """Return the key that signs at `now`: of the published ones, the one that was activated last."""
-    able = [record for record in records if record.published(now) and record.activates_at <= now]
-    return max(able, key=lambda record: (record.activates_at, record.kid), default=None)
+    """
+    Return the key that signs at `now`: of the published ones, the one that was activated last.
+
+    Where none is due yet, it is the one that is due first: a clock may be behind the one that activated a key, by as
+    much as measuring it can be wrong, and a key that verifiers can have is better than none or a new one.
+    """
+    published = [record for record in records if record.published(now)]
+    able = [record for record in published if record.activates_at <= now]
+    if not able:
+        return min(published, key=lambda record: (record.activates_at, record.kid), default=None)
+    return max(able, key=lambda record: (record.activates_at, record.kid))
 
 
 def state(record: KeyRecord, records: Iterable[KeyRecord], now: datetime) -> KeyState:
@@ -112,9 +121,9 @@ def state(record: KeyRecord, records: Iterable[KeyRecord], now: datetime) -> Key
         return KeyState.COMPROMISED
     if not record.published(now):
         return KeyState.RETIRED
-    if record.activates_at > now:
-        return KeyState.NEXT
-    return KeyState.ACTIVE if record is signer(records, now) else KeyState.RETIRING
+    if record is signer(records, now):
+        return KeyState.ACTIVE
+    return KeyState.NEXT if record.activates_at > now else KeyState.RETIRING
 
 
 def plan(records: Sequence[KeyRecord], now: datetime, policy: KeyPolicy) -> Plan:
@@ -127,7 +136,7 @@ def plan(records: Sequence[KeyRecord], now: datetime, policy: KeyPolicy) -> Plan
     create = []
     if active is None:
         create.append(now)
-    if not any(record.published(now) and record.activates_at > now for record in records):
+    if not any(record is not active and record.published(now) and record.activates_at > now for record in records):
         started = active.activates_at if active else now
         create.append(max(started + policy.period, now + policy.safe_lead))
     retire = [
@@ -176,6 +185,7 @@ class LoadedKey:
 
     private: rsa.RSAPrivateKey
     public: rsa.RSAPublicKey
+    jwk: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +255,7 @@ class SigningKeys:
         published = [record for record in self._usable() if record.published(now)]
         kids = tuple(record.kid for record in published)
         if kids != self._jwks[0]:
-            self._jwks = (kids, Document.of({"keys": [dict(record.public_jwk) for record in published]}))
+            self._jwks = (kids, Document.of({"keys": [dict(self._loaded[kid].jwk) for kid in kids]}))
         return self._jwks[1]
 
     @property
@@ -281,6 +291,7 @@ class SigningKeys:
         if broken and not self._loaded:
             raise MasterKeyError(next(iter(broken.values())))
         self._broken = frozenset(broken)
+        telemetry.SIGNING_KEYS_BROKEN.set(len(broken))
         self._records = tuple(records)
         for kid in self._loaded.keys() - {record.kid for record in records}:
             del self._loaded[kid]
@@ -349,7 +360,7 @@ class SigningKeys:
         left = [record for record in records if record.published(now) and record.kid not in hit]
         fit = [record for record in left if record.activates_at <= now and record.retires_at is None]
         waiting = [record for record in left if record.activates_at > now]
-        unused = list(spare)
+        started, unused = max((record.activates_at for record in fit), default=now), list(spare)
         if not fit and waiting:
             successor = min(waiting, key=lambda record: record.activates_at)
             await tx.execute(update(signing_keys).where(signing_keys.c.kid == successor.kid).values(activates_at=now))
@@ -357,7 +368,7 @@ class SigningKeys:
         elif not fit:
             await self._insert(tx, unused.pop(0), published_at=now, activates_at=now)
         if not waiting:
-            activates_at = now + max(self._policy.period, self._policy.safe_lead)
+            activates_at = max(started + self._policy.period, now + self._policy.safe_lead)
             await self._insert(tx, unused.pop(0), published_at=now, activates_at=activates_at)
         return hit
 
@@ -436,6 +447,6 @@ class SigningKeys:
         der = self._master.unwrap(wrapped, context=self._context(record.kid))
         # The consistency check costs tens of milliseconds; authenticated encryption already vouches for these bytes.
         private = serialization.load_der_private_key(der, password=None, unsafe_skip_rsa_key_validation=True)
-        if not isinstance(private, rsa.RSAPrivateKey) or _jwk(private.public_key()) != dict(record.public_jwk):
+        if not isinstance(private, rsa.RSAPrivateKey) or (jwk := _jwk(private.public_key())) != record.public_jwk:
             raise MasterKeyError(f"the public half of signing key {record.kid} is not its own")
-        return LoadedKey(private, private.public_key())
+        return LoadedKey(private, private.public_key(), jwk)

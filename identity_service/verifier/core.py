@@ -8,7 +8,6 @@ already held, and headers that point to other keys are refused unread.
 import base64
 import binascii
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +20,7 @@ LEEWAY = 30
 """Seconds by which clocks may differ."""
 _LONGEST_TOKEN = 16 * 1024
 _LONGEST_KID = 128
+_LATEST = 253402300799  # the last second of the year 9999; numbers beyond it are no times
 _FORBIDDEN_HEADERS = frozenset(("crit", "b64", "jwk", "jku", "x5u", "x5c", "zip", "enc"))
 
 
@@ -85,7 +85,7 @@ def _object(raw: bytes) -> dict[str, Any]:
 
 def _time(claims: Mapping[str, Any], name: str) -> float:
     value = claims.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _LATEST:
         raise TokenRefused(f"{name}_missing_or_malformed")
     return value
 
@@ -147,6 +147,8 @@ def _check_claims(claims: dict[str, Any], *, issuer: str, audience: str, now: fl
         raise TokenRefused("aud_missing_or_malformed")
     if audience not in audiences:
         raise TokenRefused("aud_wrong")
+    if issuer in audiences and len(audiences) > 1:
+        raise TokenRefused("aud_mixed")  # the issuer keeps its own API's tokens apart from everybody else's
     expires_at, issued_at = _time(claims, "exp"), _time(claims, "iat")
     if now >= expires_at + leeway:
         raise TokenRefused("expired")

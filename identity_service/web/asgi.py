@@ -39,8 +39,10 @@ class Reply:
     headers: tuple[tuple[bytes, bytes], ...] = ()
 
     async def send(self, send: Send, *, head: bool = False) -> None:
-        """Send it; for HEAD without its body."""
-        headers: HeaderList = [(b"content-length", str(len(self.body)).encode("ascii")), *self.headers]
+        """Send it; for HEAD without its body. 304 has no length: it would be that of the 200 (RFC 9110 §8.6)."""
+        headers: HeaderList = [*self.headers]
+        if self.status != 304:
+            headers.insert(0, (b"content-length", str(len(self.body)).encode("ascii")))
         await send({"type": "http.response.start", "status": self.status, "headers": headers})
         await send({"type": "http.response.body", "body": b"" if head else self.body})
 

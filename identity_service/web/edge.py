@@ -13,7 +13,7 @@ from typing import Any, Protocol, final
 
 import structlog
 
-from identity_service.web.asgi import JSON, Headers, Receive, Reply, Scope, Send
+from identity_service.web.asgi import JSON, NO_STORE, Headers, Receive, Reply, Scope, Send
 from identity_service.web.errors import problem, problem_of
 
 log = structlog.get_logger("identity_service.access")
@@ -37,6 +37,8 @@ class Endpoint(Protocol):
     """An endpoint that stands before the framework."""
 
     methods: Sequence[str]
+    quiet: bool
+    """Whether a good answer is not worth a line in the log: probes, and documents that caches fetch."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -89,17 +91,22 @@ class Edge:
                 ]
             await send(message)
 
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
-            route = await self._route(scope, receive, sending)
-            if self._access_log:
-                log.info(
-                    "request",
-                    method=scope["method"],
-                    route=route,
-                    status=status,
-                    ms=round((time.perf_counter_ns() - started) / 1e6, 2),
-                    **{name: state[name] for name in ("client_id", "reason") if name in state},
-                )
+        # The server runs each request in a task of its own, so the binding ends with it.
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        route = await self._route(scope, receive, sending)
+        if self._access_log and (status >= 400 or not self._is_quiet(route)):
+            log.info(
+                "request",
+                method=scope["method"],
+                route=route,
+                status=status,
+                ms=round((time.perf_counter_ns() - started) / 1e6, 2),
+                **{name: state[name] for name in ("client_id", "reason") if name in state},
+            )
+
+    def _is_quiet(self, route: str) -> bool:
+        endpoint = self._endpoints.get(route)
+        return endpoint is not None and endpoint.quiet
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> str:
         """Answer, and return the route's name for the log; never the path as sent, which may hold anything."""
@@ -111,9 +118,14 @@ class Edge:
         if len(headers) > _MOST_HEADERS or sum(len(name) + len(value) for name, value in headers) > _LARGEST_HEADERS:
             await problem(431, "The headers are too large.").send(send)
             return "refused"
-        if path not in _PROBES and not self._host_allowed(headers):
-            await problem(404, "There is nothing here.").send(send)
-            return "unknown host"
+        if path not in _PROBES:
+            hosts = Headers(headers).all("host")
+            if len(hosts) != 1:  # RFC 9112 §3.2
+                await problem(400, "The request must name one host.").send(send)
+                return "refused"
+            if not self._host_allowed(hosts[0]):
+                await problem(404, "There is nothing here.").send(send)
+                return "unknown host"
         endpoint = self._endpoints.get(path)
         if endpoint is None:
             await self._guarded(scope, receive, send)
@@ -122,9 +134,7 @@ class Edge:
         if scope["method"] not in endpoint.methods:
             allow = ", ".join(endpoint.methods).encode("ascii")
             body = b'{"error":"invalid_request","error_description":"This method is not allowed here."}'
-            await Reply(405, body, (JSON, (b"allow", allow), (b"cache-control", b"no-store"))).send(
-                send, head=scope["method"] == "HEAD"
-            )
+            await Reply(405, body, (JSON, *NO_STORE, (b"allow", allow))).send(send, head=scope["method"] == "HEAD")
             return path
         await endpoint(scope, receive, send)
         return path
@@ -146,11 +156,8 @@ class Edge:
                 raise
             await reply.send(send)
 
-    def _host_allowed(self, headers: Sequence[tuple[bytes, bytes]]) -> bool:
-        hosts = Headers(headers).all("host")
-        if len(hosts) != 1:
-            return False
+    def _host_allowed(self, host: str) -> bool:
         if "*" in self._hosts:
             return True
-        match = _HOST.fullmatch(hosts[0])
+        match = _HOST.fullmatch(host)
         return match is not None and match[1].lower() in self._hosts

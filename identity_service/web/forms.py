@@ -15,7 +15,7 @@ from identity_service.web.asgi import Headers, Receive
 
 LARGEST_BODY = 64 * 1024
 MOST_FIELDS = 100
-_BODY_DEADLINE = 10.0  # seconds, for a client that sends its body in pieces
+_BODY_DEADLINE = 10.0  # seconds, for a client that announces a body and sends it slowly, or never
 _MAY_REPEAT = frozenset(("resource", "audience"))  # RFC 8707 §2, RFC 8693 §2.1
 _FORM_TYPE = "application/x-www-form-urlencoded"
 
@@ -34,13 +34,14 @@ class Form:
 
 def check_media_type(headers: Headers) -> None:
     """Refuse a body that is no plain UTF-8 form; raises InvalidRequest."""
-    media, _, parameters = (headers.one("content-type") or "").partition(";")
-    if media.strip().lower() != _FORM_TYPE:
+    types = headers.all("content-type")
+    media, _, parameters = types[0].partition(";") if types else ("", "", "")
+    if len(types) != 1 or media.strip().lower() != _FORM_TYPE:
         raise InvalidRequest("The body must be application/x-www-form-urlencoded.", reason="media_type")
     charset = parameters.strip().lower().removeprefix("charset=").strip('"')
     if charset not in ("", "utf-8"):
         raise InvalidRequest("The body must be UTF-8.", reason="charset")
-    if headers.one("content-encoding") not in (None, "identity"):
+    if any(coding != "identity" for coding in headers.all("content-encoding")):
         raise InvalidRequest("The body must not be compressed.", reason="content_encoding")
 
 
@@ -51,32 +52,24 @@ async def read_body(headers: Headers, receive: Receive) -> bytes:
         raise InvalidRequest("The Content-Length is malformed.", reason="content_length")
     if len(declared) > 10 or int(declared) > LARGEST_BODY:
         raise RequestTooLarge("The body is too large.", reason="body_too_large")
-    message = await receive()
-    if message["type"] == "http.disconnect":
-        raise ClientGone
-    body: bytes = message.get("body", b"")
-    if message.get("more_body", False):
-        body = await _rest(body, receive)
-    if len(body) > LARGEST_BODY:
-        raise RequestTooLarge("The body is too large.", reason="body_too_large")
-    return body
-
-
-async def _rest(body: bytes, receive: Receive) -> bytes:
-    pieces, size = [body], len(body)
     try:
         async with asyncio.timeout(_BODY_DEADLINE):
-            while size <= LARGEST_BODY:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientGone
-                pieces.append(message.get("body", b""))
-                size += len(pieces[-1])
-                if not message.get("more_body", False):
-                    break
+            return await _pieces(receive)
     except TimeoutError:
         raise InvalidRequest("The body took too long.", reason="body_too_slow") from None
-    return b"".join(pieces)
+
+
+async def _pieces(receive: Receive) -> bytes:
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        body += message.get("body", b"")
+        if len(body) > LARGEST_BODY:
+            raise RequestTooLarge("The body is too large.", reason="body_too_large")
+        if not message.get("more_body", False):
+            return bytes(body)
 
 
 def _decode(raw: bytes) -> str:

@@ -20,6 +20,7 @@ class Liveness:
     """`GET /healthz`: this process answers. Never asks the database, whose outage no restart would mend."""
 
     methods: Sequence[str] = ("GET", "HEAD")
+    quiet = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one probe."""
@@ -31,6 +32,7 @@ class Readiness:
     """`GET /readyz`: the database answers, its schema is new enough, and a signing key is loaded."""
 
     methods: Sequence[str] = ("GET", "HEAD")
+    quiet = True
 
     def __init__(self, db: Database, keys: SigningKeys) -> None:
         self._db = db

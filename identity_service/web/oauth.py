@@ -47,6 +47,7 @@ class FormEndpoint:
     """What the endpoints for clients share: POST only, a strict form, an authenticated client, OAuth errors."""
 
     methods: Sequence[str] = ("POST",)
+    quiet = False
 
     def __init__(
         self,
@@ -203,6 +204,7 @@ class DocumentEndpoint:
     """A public document: prebuilt bytes, a strong entity tag, 304 (RFC 9110 §13.1.2). Asks no database."""
 
     methods: Sequence[str] = ("GET", "HEAD")
+    quiet = True
 
     def __init__(self, cache_control: bytes) -> None:
         self._cache_control = cache_control

@@ -10,16 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from identity_service.infra.ratelimit import (
-    Allowed,
-    Limited,
-    Limiter,
-    MemoryLimiter,
-    RedisLimiter,
-    Rule,
-    Spend,
-    redis_client,
-)
+from identity_service.infra.ratelimit import Allowed, Limited, Limiter, MemoryLimiter, Rule, Spend
+from identity_service.infra.ratelimit.shared import RedisLimiter, redis_client
 from tests.support.clock import FrozenClock
 
 PLAIN = Rule("plain", burst=3, interval=10, memory=600, credential=True)

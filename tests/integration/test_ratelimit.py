@@ -11,16 +11,8 @@ import anyio
 import pytest
 from redis.exceptions import RedisError
 
-from identity_service.infra.ratelimit import (
-    Allowed,
-    FallbackLimiter,
-    Limited,
-    Limiter,
-    RedisLimiter,
-    Rule,
-    Spend,
-    redis_client,
-)
+from identity_service.infra.ratelimit import Allowed, Limited, Limiter, Rule, Spend
+from identity_service.infra.ratelimit.shared import FallbackLimiter, RedisLimiter, redis_client
 from tests.support.clock import FrozenClock
 from tests.support.servers import LocalRedis, own_redis
 
@@ -246,12 +238,11 @@ async def test_what_redis_keeps_expires_by_itself(harness: Harness, server: Loca
     """Buckets live as long as the rule remembers, marks as long as they stand; refunds prolong nothing."""
     await harness.limiter.spend([guess])
     await harness.limiter.spend([guess])
-    client = redis_client(server.url, timeout=5)
-    assert 500_000 < await client.pttl("identity:limit:bucket:guess:alice") <= 600_000
-    await client.pexpire("identity:limit:bucket:guess:alice", 300_000)
-    await harness.limiter.settle(refund=[guess], mark=["known-network"], mark_for=60)
-    lifetimes = {key: await client.pttl(key) for key in await client.keys("*")}
-    await client.aclose()
+    async with redis_client(server.url, timeout=5) as client:
+        assert 500_000 < await client.pttl("identity:limit:bucket:guess:alice") <= 600_000
+        await client.pexpire("identity:limit:bucket:guess:alice", 300_000)
+        await harness.limiter.settle(refund=[guess], mark=["known-network"], mark_for=60)
+        lifetimes = {key: await client.pttl(key) for key in await client.keys("*")}
     assert lifetimes.keys() == {b"identity:limit:bucket:guess:alice", b"identity:limit:mark:known-network"}
     assert 200_000 < lifetimes[b"identity:limit:bucket:guess:alice"] <= 300_000
     assert 50_000 < lifetimes[b"identity:limit:mark:known-network"] <= 60_000

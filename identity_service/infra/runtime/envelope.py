@@ -97,5 +97,5 @@ class MasterKeys:
         bound = f"{context}|{wrapped.kek_id}".encode()
         try:
             return cipher.decrypt(wrapped.blob[:_NONCE_BYTES], wrapped.blob[_NONCE_BYTES:], bound)
-        except InvalidTag:
+        except (InvalidTag, ValueError):  # the latter for a nonce cut short
             raise MasterKeyError(f"a row wrapped by master key {wrapped.kek_id} was altered or swapped") from None

@@ -45,7 +45,7 @@ _FOREIGN_SCHEMES = [
     "pbkdf2_sha1",
     "scrypt",
 ]
-_ARGON2_COST = re.compile(r"\$argon2id\$v=\d+\$m=(\d+),t=(\d+),p=\d+\$")
+_ARGON2_COST = re.compile(r"(?:argon2)?\$argon2id\$v=\d+\$m=(\d+),t=(\d+),p=\d+\$")
 
 
 class HashingBusy(Exception):
@@ -143,14 +143,19 @@ class PasswordHasher:
             log.error("password_hash.unusable", reason=type(error).__name__)
             self._context.verify("wrong", self._decoy)
             return Verification(False)
-        if right and (form != NFKC_FORM or self._weaker(stored)):
+        if right and self._worth_renewing(stored, form):
             return Verification(True, self._context.hash(normal.reveal()))
         return Verification(bool(right))
 
-    def _weaker(self, stored: str) -> bool:
-        """Whether our own parameters are the stronger ones: a costlier imported hash is never traded for a cheaper."""
+    def _worth_renewing(self, stored: str, form: int) -> bool:
+        """
+        Whether a hash of our own is better: a costlier imported one is never traded for a cheaper.
+
+        One of the same cost is renewed for the sake of normalisation. Memory times passes is what guessing costs.
+        """
         cost = _ARGON2_COST.match(stored)
-        return cost is None or int(cost[1]) < self._cost[0] or int(cost[2]) < self._cost[1]
+        theirs, ours = int(cost[1]) * int(cost[2]) if cost else 0, self._cost[0] * self._cost[1]
+        return theirs < ours or (theirs == ours and form == RAW_FORM)
 
     async def _in_pool(self, work: Callable[[], Answer]) -> Answer:
         with self._guard:
@@ -165,7 +170,11 @@ class PasswordHasher:
         # The place is given back when the thread is done with it, not when somebody stops waiting for the answer.
         future.add_done_callback(self._done)
         waiter = asyncio.wrap_future(future)
-        await asyncio.wait({waiter}, timeout=self._wait)
+        try:
+            await asyncio.wait({waiter}, timeout=self._wait)
+        except asyncio.CancelledError:
+            future.cancel()  # nobody waits for the answer any more: what has not begun need not begin
+            raise
         if not waiter.done() and future.cancel():
             raise HashingBusy("waited too long")
         return await waiter

@@ -38,6 +38,7 @@ class Password(Grant[PasswordEvidence]):
     """Exchanges a username or address and a password for tokens."""
 
     grant_type = "password"
+    first_party_only = True
 
     def __init__(
         self,

@@ -102,6 +102,8 @@ class Grant(ABC, Generic[Evidence]):
     """
 
     grant_type: ClassVar[str]
+    first_party_only: ClassVar[bool] = False
+    """Whether a client of somebody else's is refused, whatever it is registered for."""
     bounded_by_proof: ClassVar[bool] = False
     """Whether a scope or target that is too wide may be refused only after the verdict on what was presented."""
 
@@ -195,6 +197,8 @@ class Pipeline:
             raise UnsupportedGrantType("This grant type is not supported.", reason="unknown_grant_type")
         if grant_type not in client.grant_types:
             raise UnauthorizedClient("The client may not use this grant type.", reason="grant_not_registered")
+        if self._grants[grant_type].first_party_only and not client.first_party:
+            raise UnauthorizedClient("The client may not use this grant type.", reason="not_first_party")
         scope = None
         if "scope" in parameters:
             scope = parse_scope(parameters["scope"])

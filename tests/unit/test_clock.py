@@ -1,0 +1,56 @@
+"""The machine's clock, corrected to the database's."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from identity_service.infra.runtime import SystemClock
+
+NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
+MILLISECOND = timedelta(milliseconds=1)
+
+
+def error(clock: SystemClock, offset: timedelta) -> timedelta:
+    """Return how far `clock` is from a machine clock that is corrected by `offset`."""
+    return abs(clock.now() - datetime.now(UTC) - offset)
+
+
+def test_an_uncorrected_clock_is_the_machines_and_aware() -> None:
+    clock = SystemClock()
+    assert clock.now().tzinfo is UTC
+    assert error(clock, timedelta(0)) < timedelta(seconds=1)
+
+
+def test_the_answer_belongs_to_the_middle_of_the_round_trip() -> None:
+    clock = SystemClock()
+    correction = clock.correct(
+        reference=NOON + timedelta(minutes=5), asked_at=NOON, answered_at=NOON + 200 * MILLISECOND
+    )
+    assert correction == timedelta(minutes=5) - 100 * MILLISECOND
+    assert error(clock, correction) < timedelta(seconds=1)
+
+
+@pytest.mark.case("OPS-15")
+@pytest.mark.parametrize("wrong_by", [timedelta(minutes=5), timedelta(minutes=-5), timedelta(hours=1)])
+def test_a_machine_with_a_wrong_clock_lives_in_the_databases_time(wrong_by: timedelta) -> None:
+    """Corrections do not add up: once the clock is right, the next measurement finds nothing to correct."""
+    clock = SystemClock()
+    for _ in range(3):
+        asked_at = clock.now()
+        clock.correct(reference=datetime.now(UTC) - wrong_by, asked_at=asked_at, answered_at=clock.now())
+        assert error(clock, -wrong_by) < timedelta(seconds=1)
+
+
+def test_a_slow_answer_changes_nothing() -> None:
+    """After more than a second of travel nobody knows which instant the answer speaks of."""
+    clock = SystemClock()
+    clock.correct(reference=NOON + timedelta(seconds=7), asked_at=NOON, answered_at=NOON)
+    slow = timedelta(seconds=1) + timedelta(microseconds=1)
+    kept = clock.correct(reference=NOON + timedelta(hours=1), asked_at=NOON, answered_at=NOON + slow)
+    assert kept == timedelta(seconds=7)
+
+
+def test_an_answer_within_a_second_is_believed() -> None:
+    clock = SystemClock()
+    taken = clock.correct(reference=NOON, asked_at=NOON, answered_at=NOON + timedelta(seconds=1))
+    assert taken == -500 * MILLISECOND
