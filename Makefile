@@ -48,8 +48,8 @@ format: $(STAMP) ## Rewrite the code in the house format
 bench: $(STAMP) ## Measure speed and memory against this machine's own RSA speed
 	$(BIN)/python -m bench
 
-migrate: $(STAMP) ## Bring the database of the environment's settings to this version's schema
-	$(BIN)/identity-service migrate
+migrate: $(STAMP) ## Bring the schema up to date: of IDENTITY_DATABASE_URL, or of this machine's SQLite
+	$(BIN)/identity-service migrate $(if $(IDENTITY_DATABASE_URL),,--data-dir .data)
 
 lock: $(STAMP) ## Compile requirements/*.txt anew from pyproject.toml
 	$(BIN)/uv pip compile -q pyproject.toml --extra server --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --upgrade -o requirements/server.txt

@@ -7,9 +7,9 @@ what their client may ask for, within what their role holds now.
 
 import re
 from collections.abc import Iterable
-from typing import final
+from typing import Any, final
 
-from sqlalchemy import Table, delete, select
+from sqlalchemy import delete, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from identity_service.infra.database import Transaction
@@ -45,11 +45,9 @@ def within(wanted: Iterable[str], allowed: Iterable[str]) -> ScopeList:
     return tuple(scope for scope in wanted if scope in held)
 
 
-def _unless_there(tx: Transaction, table: Table) -> postgresql.Insert | sqlite.Insert:
-    """Return an INSERT that leaves a row alone which somebody else made meanwhile."""
-    if tx.on_sqlite:
-        return sqlite.insert(table).on_conflict_do_nothing()
-    return postgresql.insert(table).on_conflict_do_nothing()
+def _dialect(tx: Transaction) -> Any:
+    """Return where this database's INSERT is, which can leave alone a row that somebody else made meanwhile."""
+    return sqlite if tx.on_sqlite else postgresql
 
 
 @final
@@ -84,7 +82,7 @@ class Access:
         known = set((await tx.execute(select(scopes.c.name))).scalars())
         new = [name for name in dict.fromkeys(names) if name not in known]
         for name in new:
-            await tx.execute(_unless_there(tx, scopes).values(name=name, description=""))
+            await tx.execute(_dialect(tx).insert(scopes).values(name=name, description="").on_conflict_do_nothing())
         return new
 
     async def grant(self, tx: Transaction, role: str, names: Iterable[str]) -> None:
@@ -92,7 +90,9 @@ class Access:
         held = set((await tx.execute(select(role_scopes.c.scope).where(role_scopes.c.role == role))).scalars())
         for name in dict.fromkeys(names):
             if name not in held:
-                await tx.execute(_unless_there(tx, role_scopes).values(role=role, scope=name))
+                await tx.execute(
+                    _dialect(tx).insert(role_scopes).values(role=role, scope=name).on_conflict_do_nothing()
+                )
         self._roles.forget(role)
 
     async def withdraw(self, tx: Transaction, role: str, names: Iterable[str]) -> None:

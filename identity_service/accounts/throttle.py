@@ -86,6 +86,10 @@ class SignInThrottle:
             refund=[network], reset=[account_network, account], mark=[attempt.known_mark], mark_for=KNOWN_FOR
         )
 
+    async def withdraw(self, attempt: Attempt) -> None:
+        """Take the booking back: nobody looked at the password, because something behind us could not answer."""
+        await self._limiter.settle(refund=attempt.spends)
+
     async def forgive(self, name: str) -> None:
         """Forget the failures for a name from everywhere, because its password was set anew."""
         await self._limiter.settle(reset=[Spend(ACCOUNT, f"a:{self.name_hash(name)}")])

@@ -2,6 +2,7 @@
 
 import fcntl
 import gc
+import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
@@ -71,7 +72,11 @@ class _Server(uvicorn.Server):
 
 
 def run_server(settings: Settings, *, when_ready: Callable[[], None] = lambda: None) -> None:
-    """Serve until a signal ends it; leaves the process with 3 when the start was refused."""
+    """
+    Serve until a signal ends it, with 0; with 3 if the address cannot be had.
+
+    Raises Refused, UnsafeSettings, MasterKeyError, DatabaseUnavailable.
+    """
     with _only_one_on_sqlite(settings):
         if settings.metrics_port is not None:
             try:
@@ -93,12 +98,15 @@ def run_server(settings: Settings, *, when_ready: Callable[[], None] = lambda: N
             timeout_keep_alive=75,
             timeout_graceful_shutdown=settings.shutdown_grace,
         )
-        server = _Server(config, when_ready)
-        server.run()
-    if refusals:
-        raise refusals[0]
-    if not server.started:
-        raise typer.Exit(3)
+        # The server hands a signal on when it has ended in good order; that is no accident, and ends with 0.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: sys.exit(0))
+        try:
+            _Server(config, when_ready).run()
+        except SystemExit:
+            if refusals:
+                raise refusals[0] from None
+            raise
 
 
 def _telling_refusals(app: Application, refusals: list[Exception]) -> Application:

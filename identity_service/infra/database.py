@@ -5,6 +5,7 @@ PostgreSQL is what the service runs on; SQLite is the embedded default for one m
 """
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cache
@@ -158,9 +159,15 @@ class Transaction:
         return connection
 
     async def _broken(self, error: Exception, *, committing: bool) -> Exception:
-        """Translate a failure, and keep a connection that the driver lost out of the pool."""
+        """
+        Translate a failure; when the driver lost the connection, let the toolkit find out.
+
+        Its pool then doubts every connection that is as old: what ended this one, a restart, ended them as well, and
+        otherwise each of them would fail a request of its own.
+        """
         if self._connection is not None and self._driver is not None and self._driver.closed:
-            await self._connection.invalidate()
+            with contextlib.suppress(DBAPIError):
+                await self._connection.execute(select(1))
         return _translate(error, committing=committing)
 
     async def __aenter__(self) -> Self:

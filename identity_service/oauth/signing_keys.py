@@ -23,6 +23,7 @@ from typing import Any, final
 import structlog
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
+from pydantic_core import to_json
 from sqlalchemy import insert, or_, select, update
 
 from identity_service.infra import telemetry
@@ -236,7 +237,7 @@ class SigningKeys:
             fields = {"alg": ALGORITHM, "typ": typ, "kid": record.kid}
             header = base64.urlsafe_b64encode(json.dumps(fields, separators=(",", ":")).encode("ascii")).rstrip(b"=")
             self._headers[(record.kid, typ)] = header
-        payload = json.dumps(claims, separators=(",", ":")).encode("ascii")
+        payload = to_json(claims)
         signed = header + b"." + base64.urlsafe_b64encode(payload).rstrip(b"=")
         signature = self._loaded[record.kid].private.sign(signed, padding.PKCS1v15(), hashes.SHA256())
         return (signed + b"." + base64.urlsafe_b64encode(signature).rstrip(b"=")).decode("ascii")

@@ -84,6 +84,10 @@ class ClientCredentials:
     secret: Secret | None
 
 
+_NOBODY = "Basic " + base64.b64encode(b":").decode("ascii")
+"""What the interactive documentation sends when its client fields are left empty."""
+
+
 def basic_was_used(headers: Headers) -> bool:
     """Whether the caller tried the Authorization header, and so is owed a challenge (RFC 6749 §5.2)."""
     return bool(headers.all("authorization"))
@@ -96,6 +100,8 @@ def client_credentials(headers: Headers, form: Mapping[str, str], *, default: st
     Raises InvalidRequest for two mechanisms in one request, InvalidClient for none or for a header that is unreadable.
     """
     authorization = headers.all("authorization")
+    if default is not None and authorization == [_NOBODY]:
+        authorization = []
     body_id, body_secret = form.get("client_id"), form.get("client_secret")
     if not authorization:
         if body_id is not None:

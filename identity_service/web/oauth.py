@@ -6,10 +6,11 @@ nothing is said before it is committed.
 """
 
 import asyncio
-import json
 import math
 from collections.abc import Sequence
 from typing import final
+
+from pydantic_core import to_json
 
 from identity_service.accounts.clients import AUTH_METHODS
 from identity_service.accounts.refresh_families import RefreshFamilies, Rejected
@@ -17,8 +18,8 @@ from identity_service.infra.audit import AuditTrail, Origin
 from identity_service.infra.database import Database
 from identity_service.infra.runtime import Secret
 from identity_service.infra.telemetry import TOKENS
-from identity_service.oauth.errors import InvalidGrant, InvalidRequest, UnsupportedTokenType
-from identity_service.oauth.grants.pipeline import Issued, Pipeline, Refusal
+from identity_service.oauth.errors import InvalidGrant, InvalidRequest, Unavailable, UnsupportedTokenType
+from identity_service.oauth.grants.pipeline import Issued, Pipeline, Refusal, TokenRequest
 from identity_service.oauth.signing_keys import Document, SigningKeys
 from identity_service.web.asgi import JSON, NO_STORE, Headers, Receive, Reply, Scope, Send
 from identity_service.web.deps import ClientAuthenticator, IPNetwork, basic_was_used, client_credentials, network_of
@@ -121,8 +122,7 @@ class TokenEndpoint(FormEndpoint):
                 retry_key=_retry_key(headers) if grant_type == "refresh_token" else None,
             )
             evidence = await self._db.run(lambda tx: self._pipeline.examine(tx, request))
-            evidence = await self._pipeline.weigh(request, evidence)
-            outcome = await self._db.run(lambda tx: self._pipeline.exchange(tx, request, evidence))
+            outcome = await self._decide(request, evidence)
         except Exception as error:
             known = as_oauth(error)
             TOKENS.labels(label, client.id, known.code if known else "fault").inc()
@@ -135,6 +135,16 @@ class TokenEndpoint(FormEndpoint):
         TOKENS.labels(label, client.id, "issued").inc()
         await self._pipeline.settled(request, evidence)
         return _token_reply(outcome)
+
+    async def _decide(self, request: TokenRequest, evidence: object) -> Issued | Refusal:
+        """Weigh and exchange; when something behind us cannot answer, let the grant undo its preparation."""
+        try:
+            evidence = await self._pipeline.weigh(request, evidence)
+            return await self._db.run(lambda tx: self._pipeline.exchange(tx, request, evidence))
+        except Exception as error:
+            if isinstance(as_oauth(error), Unavailable):
+                await self._pipeline.abandoned(request, evidence)
+            raise
 
     async def _until_uniform(self, started: float) -> None:
         """Wait for the next multiple of the refusal delay since the request began."""
@@ -149,7 +159,7 @@ def _token_reply(issued: Issued) -> Reply:
     if issued.refresh_token is not None:
         body["refresh_token"] = issued.refresh_token.reveal()
     body["scope"] = " ".join(issued.scope)
-    return Reply(200, json.dumps(body, separators=(",", ":")).encode("ascii"), (JSON, *NO_STORE, *issued.headers))
+    return Reply(200, to_json(body), (JSON, *NO_STORE, *issued.headers))
 
 
 @final

@@ -137,7 +137,7 @@ async def test_the_metadata_leads_to_the_key_set(service: Service) -> None:
 
 
 @pytest.mark.case("JWT-21")
-async def test_the_set_is_the_same_on_the_embedded_database_kind(embedded: Service) -> None:
+async def test_the_embedded_database_keeps_the_same_set(embedded: Service) -> None:
     """SQLite keeps the public halves as it was given them."""
     for key in (await embedded.http.get(JWKS)).json()["keys"]:
         assert set(key) == PUBLIC

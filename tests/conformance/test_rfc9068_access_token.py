@@ -214,11 +214,11 @@ async def test_others_can_check_our_tokens_with_the_key_set_alone(service: Servi
     bodies = [await user_token(service, resource=SIBLING), await client_token(service, client, resource=SIBLING)]
     for token in (body["access_token"] for body in bodies):
         assert check(token, jwks, SIBLING) == parts_of(token)[1]
-        with pytest.raises(Exception, match="(?i)aud"):
+        with pytest.raises(Exception, match=r"(?i)aud"):
             check(token, jwks, BILLING)
         header, payload, signature = token.split(".")
         other = bodies[1 if token == bodies[0]["access_token"] else 0]["access_token"].split(".")[1]
-        with pytest.raises(Exception, match="(?i)signature"):
+        with pytest.raises(Exception, match=r"(?i)signature"):
             check(f"{header}.{other}.{signature}", jwks, SIBLING)
         assert payload != other
 

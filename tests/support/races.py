@@ -1,12 +1,13 @@
 """Holding a transaction open by hand, and seeing who waits for it: a race that happens every time."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
+from unittest.mock import patch
 
-from sqlalchemy import event, text
-from sqlalchemy.engine import ExceptionContext
+import psycopg
+from sqlalchemy import text
 
 from identity_service.accounts.clients import Client
 from identity_service.infra.database import Transaction
@@ -75,17 +76,18 @@ async def loaded(service: Service, client: Registered) -> Client:
     return found
 
 
-@asynccontextmanager
-async def database_errors(service: Service) -> AsyncIterator[list[str]]:
-    """Collect the SQLSTATE of everything the database refuses meanwhile: deadlocks, lock timeouts, anything."""
+@contextmanager
+def database_errors() -> Iterator[list[str]]:
+    """Collect the SQLSTATE of everything PostgreSQL refuses meanwhile: deadlocks, lock timeouts, anything."""
     seen: list[str] = []
+    execute = psycopg.AsyncCursor.execute
 
-    def note(context: ExceptionContext) -> None:
-        seen.append(str(getattr(context.original_exception, "sqlstate", None) or context.original_exception))
+    async def noting(cursor: Any, *given: Any, **named: Any) -> Any:
+        try:
+            return await execute(cursor, *given, **named)
+        except psycopg.Error as error:
+            seen.append(error.sqlstate or type(error).__name__)
+            raise
 
-    engine = service.services.db.engine.sync_engine
-    event.listen(engine, "handle_error", note)
-    try:
+    with patch.object(psycopg.AsyncCursor, "execute", noting):
         yield seen
-    finally:
-        event.remove(engine, "handle_error", note)

@@ -13,7 +13,7 @@ from identity_service.accounts.refresh_families import RefreshFamilies
 from identity_service.accounts.throttle import Attempt, SignInThrottle
 from identity_service.accounts.users import LONGEST_NAME, SignInFacts, Users
 from identity_service.infra.audit import AuditTrail
-from identity_service.infra.database import Transaction
+from identity_service.infra.database import DatabaseUnavailable, Transaction
 from identity_service.infra.ratelimit import Limited
 from identity_service.infra.runtime.hashing import HashingBusy, Verification, normalise_password
 from identity_service.oauth.errors import InvalidGrant, InvalidRequest, TooManyRequests, Unavailable
@@ -68,7 +68,11 @@ class Password(Grant[PasswordEvidence]):
         booked = await self._throttle.book(name[: LONGEST_NAME + 1], request.origin.network)
         if isinstance(booked, Limited):
             raise TooManyRequests(limit=booked.rule, retry_after=booked.retry_after)
-        return PasswordEvidence(booked, await self._users.facts(tx, name))
+        try:
+            return PasswordEvidence(booked, await self._users.facts(tx, name))
+        except DatabaseUnavailable:
+            await self._throttle.withdraw(booked)
+            raise
 
     async def weigh(self, request: TokenRequest, evidence: PasswordEvidence) -> PasswordEvidence:
         """Check the password; raises Unavailable when the hashing pool is full."""
@@ -116,6 +120,10 @@ class Password(Grant[PasswordEvidence]):
     async def settled(self, request: TokenRequest, evidence: PasswordEvidence) -> None:
         """Take the booked failure back, now that the sign-in is committed."""
         await self._throttle.succeeded(evidence.attempt)
+
+    async def abandoned(self, request: TokenRequest, evidence: PasswordEvidence) -> None:
+        """Take the booked failure back: an outage must not leave people throttled."""
+        await self._throttle.withdraw(evidence.attempt)
 
     async def _refuse(self, tx: Transaction, request: TokenRequest, evidence: PasswordEvidence, reason: str) -> Refusal:
         await self._audit.record_failure(

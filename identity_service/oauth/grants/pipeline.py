@@ -122,6 +122,9 @@ class Grant(ABC, Generic[Evidence]):
     async def settled(self, request: TokenRequest, evidence: Evidence) -> None:
         """Do what may happen only after a successful commit."""
 
+    async def abandoned(self, request: TokenRequest, evidence: Evidence) -> None:
+        """Undo what examining did outside the database, because something behind us could not answer."""
+
 
 class SimpleGrant(Grant[None]):
     """A grant that decides in one transaction."""
@@ -245,3 +248,7 @@ class Pipeline:
     async def settled(self, request: TokenRequest, evidence: object) -> None:
         """Tell the grant that its success was committed."""
         await self._grants[request.grant_type].settled(request, evidence)
+
+    async def abandoned(self, request: TokenRequest, evidence: object) -> None:
+        """Tell the grant that nothing was decided."""
+        await self._grants[request.grant_type].abandoned(request, evidence)
