@@ -120,6 +120,8 @@ def test_a_file_holds_one_key_per_line_in_order(file: str) -> None:
         ("changeme", "master key 1 has 6 bytes; 32 are needed"),
         ("change-me-please!", "master key 1 is not base64"),
         ("<paste the key here>", "master key 1 is not base64"),
+        (text(OLD[:16]), "master key 1 has 16 bytes; 32 are needed"),
+        (text(OLD[:24]), "master key 1 has 24 bytes; 32 are needed"),
         (text(OLD[:31]), "master key 1 has 31 bytes; 32 are needed"),
         (text(OLD + b"x"), "master key 1 has 33 bytes; 32 are needed"),
         (OLD.hex(), "master key 1 has 48 bytes; 32 are needed"),

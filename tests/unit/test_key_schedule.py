@@ -23,7 +23,6 @@ from sqlalchemy import insert, select
 from identity_service.infra.database import Database
 from identity_service.infra.runtime.envelope import MasterKeys, new_master_key
 from identity_service.infra.tables import locks, metadata, signing_keys
-from identity_service.oauth import signing_keys as module
 from identity_service.oauth.signing_keys import (
     KeyPolicy,
     KeyRecord,
@@ -36,6 +35,7 @@ from identity_service.oauth.signing_keys import (
     signer,
     state,
 )
+from identity_service.oauth.signing_keys.material import public_jwk
 from tests.support.clock import FrozenClock
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -224,7 +224,7 @@ def key_pool() -> Sequence[NewKey]:
         der = private.private_bytes(
             serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
-        jwk = module._jwk(private.public_key())
+        jwk = public_jwk(private.public_key())
         return NewKey(jwk["kid"], jwk, der)
 
     with ThreadPoolExecutor(2) as pool:
@@ -272,7 +272,7 @@ class History:
                 self.hurried.add(spare[0].kid)
 
     async def rotate(self) -> None:
-        before = {record.kid for record in self.keys.records}
+        before = {record.kid for record in self.keys.records if record.published(self.clock.now())}
         chosen = await self.db.run(self.keys.rotate)
         assert await self.db.run(self.keys.rotate) == chosen
         if chosen.kid not in self.hurried:

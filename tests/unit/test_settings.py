@@ -164,6 +164,14 @@ def test_settings_do_not_print_their_secrets() -> None:
         assert KEY not in text
 
 
+def test_the_library_does_not_repeat_what_was_given_either() -> None:
+    """Should its own error ever be shown."""
+    with pytest.raises(ValidationError) as caught:
+        Settings(port=CANARY, hash_wait=CANARY, **{**GOOD, "database_url": f"mysql://{CANARY}"})  # type: ignore[arg-type]
+    assert CANARY not in str(caught.value)
+    assert CANARY not in repr(caught.value)
+
+
 def test_development_needs_nothing(tmp_path: Path) -> None:
     """It serves on SQLite in its data directory, and answers loopback hosts."""
     settings = load_settings(environment="development", data_dir=tmp_path)

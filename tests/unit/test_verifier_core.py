@@ -255,6 +255,14 @@ SHAPES: list[tuple[str, Callable[[], str], str]] = [
     ("payload with a mark", lambda: compact(HEADER, b"\xef\xbb\xbf{}", KEY), "not_json"),
     ("payload UTF-16", lambda: compact(HEADER, json.dumps(CLAIMS).encode("utf-16"), KEY), "not_json"),
     ("claim twice", lambda: compact(HEADER, json.dumps(CLAIMS)[:-1] + ', "sub": "y"}', KEY), "duplicate_member"),
+    *(
+        (
+            f"{name} somewhere",
+            lambda name=name: compact(HEADER, json.dumps(CLAIMS)[:-1] + f', "x": [{name}]}}', KEY),
+            "not_json",
+        )
+        for name in ("NaN", "Infinity", "-Infinity")
+    ),
     ("trailing text", lambda: compact(HEADER, json.dumps(CLAIMS) + "{}", KEY), "not_json"),
 ]
 
@@ -280,9 +288,9 @@ def test_the_last_letters_spare_bits_must_be_zero() -> None:
 def test_rubbish_is_refused_fast() -> None:
     rubbish = ["x" * 2_000_000, "." * 2_000_000, ".".join(["A" * 5000] * 3), compact("[" * 5000, "{}", KEY)]
     for text in rubbish:
-        began = time.perf_counter()
+        began = time.process_time()
         reason(text)
-        assert time.perf_counter() - began < 0.05
+        assert time.process_time() - began < 0.05
 
 
 @pytest.mark.case("JWT-15")
@@ -295,10 +303,10 @@ def test_rubbish_is_refused_fast() -> None:
     ],
 )
 def test_an_encrypted_token_is_not_decrypted(header: dict[str, Any]) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     assert reason(f"{b64(json.dumps(header).encode())}.AAAA.AAAA.AAAA.AAAA") == "malformed"
     assert reason(f"{b64(json.dumps(header).encode())}.AAAA.AAAA") == "alg_not_allowed"
-    assert time.perf_counter() - began < 0.05
+    assert time.process_time() - began < 0.05
 
 
 @given(st.text(max_size=200) | st.from_regex(r"[A-Za-z0-9_-]{0,40}\.[A-Za-z0-9_-]{0,40}\.[A-Za-z0-9_-]{0,40}"))

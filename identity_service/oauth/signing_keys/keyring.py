@@ -1,23 +1,11 @@
-"""
-The life of a signing key: next → active → retiring → retired, or compromised at any time; and the JWKS.
-
-Every instant is stored on the key and never computed again from settings, so a changed setting cannot strand a token.
-A key is published long before it signs and stays published long after, so a verifier whose cache is as old as our
-headers allow never meets a token it cannot check (RFC 7517; the waiting times are `KeyPolicy`).
-
-Replicas hold the keys in memory. A replica signs with the uncompromised published key whose activation came last, by
-its own clock: a rotation happens at its instant even if nobody polls, and the old key is retired afterwards, when some
-replica sees that its successor is active.
-"""
+"""The keys of one process, and the steps of the schedule that all replicas share."""
 
 import asyncio
 import base64
-import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
-from enum import StrEnum
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
 from typing import Any, final
 
 import structlog
@@ -31,176 +19,10 @@ from identity_service.infra.database import Transaction
 from identity_service.infra.runtime import Clock
 from identity_service.infra.runtime.envelope import MasterKeyError, MasterKeys, Wrapped
 from identity_service.infra.tables import signing_keys
+from identity_service.oauth.signing_keys.material import ALGORITHM, Document, LoadedKey, NewKey, generate, public_jwk
+from identity_service.oauth.signing_keys.schedule import KeyPolicy, KeyRecord, KeyState, Plan, plan, signer, state
 
 log = structlog.get_logger(__name__)
-
-ALGORITHM = "RS256"
-
-
-class KeyState(StrEnum):
-    """Where a key stands in its life."""
-
-    NEXT = "next"
-    ACTIVE = "active"
-    RETIRING = "retiring"
-    RETIRED = "retired"
-    COMPROMISED = "compromised"
-
-
-@dataclass(frozen=True, slots=True)
-class KeyPolicy:
-    """How long keys wait and work. Only decisions yet to be made use it; instants already stored stand."""
-
-    bits: int = 2048
-    lead: timedelta = timedelta(hours=24)
-    """How long a key is published before it signs; never less than twice `cache`."""
-    period: timedelta = timedelta(days=30)
-    """How long a key signs."""
-    cache: timedelta = timedelta(seconds=900)
-    """The longest a well-behaved cache may hold the JWKS: max-age + stale-while-revalidate of our answer."""
-    token: timedelta = timedelta(seconds=3600)
-    """The longest life any client's access tokens may be given."""
-    leeway: timedelta = timedelta(seconds=30)
-    skew: timedelta = timedelta(seconds=120)
-
-    @property
-    def safe_lead(self) -> timedelta:
-        """The lead that is really kept."""
-        return max(self.lead, 2 * self.cache)
-
-    @property
-    def afterlife(self) -> timedelta:
-        """How long a key stays published after it stopped signing."""
-        return self.token + self.leeway + self.cache + self.skew
-
-
-@dataclass(frozen=True, slots=True)
-class KeyRecord:
-    """One row of the schedule, without the private key."""
-
-    kid: str
-    public_jwk: Mapping[str, str]
-    published_at: datetime
-    activates_at: datetime
-    retires_at: datetime | None = None
-    removed_at: datetime | None = None
-    compromised_at: datetime | None = None
-
-    def published(self, now: datetime) -> bool:
-        """Whether the key stands in the JWKS."""
-        return self.compromised_at is None and (self.removed_at is None or self.removed_at > now)
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What the schedule owes at an instant: keys to create, and keys whose successor has become active."""
-
-    create: tuple[datetime, ...] = ()
-    retire: tuple[str, ...] = ()
-
-    def __bool__(self) -> bool:
-        return bool(self.create or self.retire)
-
-
-def signer(records: Iterable[KeyRecord], now: datetime) -> KeyRecord | None:
-    """
-    Return the key that signs at `now`: of the published ones, the one that was activated last.
-
-    Where none is due yet, it is the one that is due first: a clock may be behind the one that activated a key, by as
-    much as measuring it can be wrong, and a key that verifiers can have is better than none or a new one.
-    """
-    published = [record for record in records if record.published(now)]
-    able = [record for record in published if record.activates_at <= now]
-    if not able:
-        return min(published, key=lambda record: (record.activates_at, record.kid), default=None)
-    return max(able, key=lambda record: (record.activates_at, record.kid))
-
-
-def state(record: KeyRecord, records: Iterable[KeyRecord], now: datetime) -> KeyState:
-    """Return where `record` stands among `records` at `now`."""
-    if record.compromised_at is not None:
-        return KeyState.COMPROMISED
-    if not record.published(now):
-        return KeyState.RETIRED
-    if record is signer(records, now):
-        return KeyState.ACTIVE
-    return KeyState.NEXT if record.activates_at > now else KeyState.RETIRING
-
-
-def plan(records: Sequence[KeyRecord], now: datetime, policy: KeyPolicy) -> Plan:
-    """
-    Return what is to be done at `now`, as a pure function of the stored schedule.
-
-    There is always one key that signs and one that waits, published; on an empty table the first key signs at once.
-    """
-    active = signer(records, now)
-    create = []
-    if active is None:
-        create.append(now)
-    if not any(record is not active and record.published(now) and record.activates_at > now for record in records):
-        started = active.activates_at if active else now
-        create.append(max(started + policy.period, now + policy.safe_lead))
-    retire = [
-        record.kid
-        for record in records
-        if record is not active and record.published(now) and record.activates_at <= now and record.retires_at is None
-    ]
-    return Plan(tuple(create), tuple(retire))
-
-
-@dataclass(frozen=True, slots=True)
-class NewKey:
-    """Key material that no row holds yet."""
-
-    kid: str
-    public_jwk: Mapping[str, str]
-    der: bytes
-
-
-def _b64(raw: bytes) -> str:
-    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode("ascii")
-
-
-def _jwk(public: rsa.RSAPublicKey) -> dict[str, str]:
-    """Return the public members (RFC 7518 §6.3.1) with the RFC 7638 thumbprint as `kid`."""
-    numbers = public.public_numbers()
-    n = _b64(numbers.n.to_bytes((numbers.n.bit_length() + 7) // 8, "big"))
-    e = _b64(numbers.e.to_bytes((numbers.e.bit_length() + 7) // 8, "big"))
-    canonical = json.dumps({"e": e, "kty": "RSA", "n": n}, separators=(",", ":"), sort_keys=True)
-    kid = _b64(hashlib.sha256(canonical.encode("ascii")).digest())
-    return {"kty": "RSA", "use": "sig", "alg": ALGORITHM, "kid": kid, "n": n, "e": e}
-
-
-def _generate(bits: int) -> NewKey:
-    private = rsa.generate_private_key(public_exponent=65537, key_size=bits)
-    jwk = _jwk(private.public_key())
-    der = private.private_bytes(
-        serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    return NewKey(jwk["kid"], jwk, der)
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedKey:
-    """A key in memory: its two halves as objects, since parsing one costs more than a hundred signatures."""
-
-    private: rsa.RSAPrivateKey
-    public: rsa.RSAPublicKey
-    jwk: Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """A prebuilt public answer: the bytes and their strong entity tag."""
-
-    body: bytes
-    etag: bytes
-
-    @classmethod
-    def of(cls, value: object) -> "Document":
-        """Return `value` as compact JSON with its tag."""
-        body = json.dumps(value, separators=(",", ":"), ensure_ascii=True).encode("ascii")
-        return cls(body, b'"' + hashlib.sha256(body).hexdigest()[:32].encode("ascii") + b'"')
 
 
 class NoUsableKey(Exception):
@@ -300,7 +122,7 @@ class SigningKeys:
 
     async def prepare(self, owed: Plan) -> list[NewKey]:
         """Generate the keys a plan asks for, before any lock is taken: a large key can take seconds."""
-        return [await asyncio.to_thread(_generate, self._policy.bits) for _ in owed.create]
+        return [await asyncio.to_thread(generate, self._policy.bits) for _ in owed.create]
 
     async def advance(self, tx: Transaction, spare: Sequence[NewKey]) -> Plan:
         """
@@ -448,6 +270,6 @@ class SigningKeys:
         der = self._master.unwrap(wrapped, context=self._context(record.kid))
         # The consistency check costs tens of milliseconds; authenticated encryption already vouches for these bytes.
         private = serialization.load_der_private_key(der, password=None, unsafe_skip_rsa_key_validation=True)
-        if not isinstance(private, rsa.RSAPrivateKey) or (jwk := _jwk(private.public_key())) != record.public_jwk:
+        if not isinstance(private, rsa.RSAPrivateKey) or (jwk := public_jwk(private.public_key())) != record.public_jwk:
             raise MasterKeyError(f"the public half of signing key {record.kid} is not its own")
         return LoadedKey(private, private.public_key(), jwk)

@@ -1,22 +1,10 @@
-"""
-Refresh families: chains of refresh tokens, one row each, however often they are refreshed.
+"""Starting, rotating and revoking families: everything that touches their table."""
 
-A sign-in starts a family; each refresh moves it one generation on. A token names its family, generation and a random
-nonce, and carries a MAC under a key that is not in the database in the clear. So garbage is refused without a query,
-a dump holds no usable token, and the current token can be computed again from the row for a permitted retry.
-
-A token presented twice has two holders and nobody can tell which one is the thief, so the whole family is revoked
-(RFC 9700 §4.14.2). Whoever restores a database meets tokens it never handed out; the nonce tells those apart.
-"""
-
-import hmac
 import os
-import struct
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from enum import StrEnum
 from typing import Any, final
 
 from sqlalchemy import (
@@ -36,107 +24,16 @@ from sqlalchemy import (
 
 from identity_service.accounts.access import ScopeList
 from identity_service.accounts.clients import Client
+from identity_service.accounts.refresh_families.token import NONCE_BYTES, RefreshTokens
+from identity_service.accounts.refresh_families.verdict import FamilyState, GenuineToken, Verdict, judge
 from identity_service.accounts.users import SignInFacts
 from identity_service.infra.data_keys import DataKeys
 from identity_service.infra.database import Transaction, TransactionConflict
 from identity_service.infra.runtime import Clock, Secret, new_id
-from identity_service.infra.runtime.ids import decode_token, encode_token
 from identity_service.infra.tables import UtcDateTime, clients, refresh_families, users
 
-TOKEN_PREFIX = "rt_"  # noqa: S105  # what every refresh token begins with, not one
 MOST_FAMILIES = 50
 _KEPT_FAMILIES = 2 * MOST_FAMILIES
-_NONCE_BYTES = 8
-_CLAIM = struct.Struct(">16sQ8s")
-_MAC_BYTES = 32
-
-
-@dataclass(frozen=True, slots=True)
-class GenuineToken:
-    """A refresh token whose MAC is right: this service once handed it out."""
-
-    family_id: uuid.UUID
-    generation: int
-    nonce: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class FamilyState:
-    """What a family's row says, and what its user and client are now; an epoch is None while its owner is disabled."""
-
-    client_id: str
-    generation: int
-    nonce: bytes
-    parent_nonce: bytes | None
-    retry_digest: bytes | None
-    rotated_at: datetime
-    idle_expires_at: datetime
-    absolute_expires_at: datetime
-    revoked: bool
-    user_epoch: int
-    client_epoch: int
-    user_epoch_now: int | None
-    client_epoch_now: int | None
-
-    def expired(self, now: datetime) -> bool:
-        """Whether the family is past its idle or its absolute end."""
-        return now >= self.idle_expires_at or now >= self.absolute_expires_at
-
-
-class Verdict(StrEnum):
-    """What became of a presented refresh token. The words are those of logs, metrics and the audit trail."""
-
-    ROTATED = "rotated"
-    RETRIED = "retried"
-    UNKNOWN = "unknown"
-    REVOKED = "revoked"
-    FOREIGN_CLIENT = "foreign_client"
-    AHEAD = "ahead_of_record"
-    EXPIRED = "expired"
-    KEY_REUSED = "idempotency_key_reused"
-    REUSE = "reuse_detected"
-    CURRENT = "current"
-
-    @property
-    def ends_family(self) -> bool:
-        """Whether the family is revoked for it."""
-        return self in (Verdict.FOREIGN_CLIENT, Verdict.AHEAD, Verdict.REUSE)
-
-
-def judge(
-    family: FamilyState | None,
-    presented: GenuineToken,
-    *,
-    client_id: str,
-    retry_digest: bytes | None,
-    retry_window: int,
-    now: datetime,
-) -> Verdict:
-    """
-    Say what a genuine token that did not rotate is; the first rule that matches wins.
-
-    `retry_window` is in seconds. `CURRENT` means that the token is good after all: the row changed between the two
-    statements, and the rotation is to be tried again.
-    """
-    if family is None:
-        return Verdict.UNKNOWN
-    if family.revoked or family.user_epoch != family.user_epoch_now or family.client_epoch != family.client_epoch_now:
-        return Verdict.REVOKED
-    if family.client_id != client_id:
-        return Verdict.FOREIGN_CLIENT
-    same_generation = presented.generation == family.generation
-    if presented.generation > family.generation or (same_generation and presented.nonce != family.nonce):
-        return Verdict.AHEAD
-    same_key = retry_digest is not None and retry_digest == family.retry_digest
-    if same_generation:
-        if family.expired(now):
-            return Verdict.EXPIRED
-        return Verdict.KEY_REUSED if same_key else Verdict.CURRENT
-    predecessor = presented.generation == family.generation - 1 and presented.nonce == family.parent_nonce
-    elapsed = max(timedelta(0), now - family.rotated_at)
-    if predecessor and (same_key or elapsed < timedelta(seconds=retry_window)):
-        return Verdict.EXPIRED if family.expired(now) else Verdict.RETRIED
-    return Verdict.REUSE
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,33 +129,12 @@ class RefreshFamilies:
 
     def __init__(self, clock: Clock, keys: DataKeys, lifetimes: Lifetimes) -> None:
         self._clock = clock
-        self._keys = keys
+        self._tokens = RefreshTokens(keys)
         self._lifetimes = lifetimes
-
-    # -- tokens ---------------------------------------------------------------------------------------------------
 
     def read(self, presented: Secret) -> GenuineToken | None:
         """Return what a refresh token says, or None for one we never handed out; costs no query."""
-        payload = decode_token(TOKEN_PREFIX, _CLAIM.size + _MAC_BYTES, presented.reveal())
-        if payload is None:
-            return None
-        claim, mac = payload[: _CLAIM.size], payload[_CLAIM.size :]
-        key = self._keys["refresh"]
-        if not any(hmac.compare_digest(key.mac(claim, kid=kid), mac) for kid in key.kids):
-            return None
-        family, generation, nonce = _CLAIM.unpack(claim)
-        return GenuineToken(uuid.UUID(bytes=family), generation, nonce)
-
-    def _write(self, family_id: uuid.UUID, generation: int, nonce: bytes, kid: str) -> Secret:
-        claim = _CLAIM.pack(family_id.bytes, generation, nonce)
-        return Secret(encode_token(TOKEN_PREFIX, claim + self._keys["refresh"].mac(claim, kid=kid)))
-
-    def _retry_digest(self, family_id: uuid.UUID, retry_key: Secret | None) -> bytes | None:
-        if retry_key is None:
-            return None
-        return self._keys["retry"].mac(family_id.bytes + b"|" + retry_key.reveal().encode("ascii"))
-
-    # -- the life of a family -------------------------------------------------------------------------------------
+        return self._tokens.read(presented)
 
     async def start(
         self,
@@ -291,7 +167,7 @@ class RefreshFamilies:
             return None
         idle, absolute = self._lifetimes.of(client)
         await self._make_room(tx, facts.user_id, client.id, now)
-        family_id, nonce, kid = new_id(), os.urandom(_NONCE_BYTES), self._keys["refresh"].kid
+        family_id, nonce, kid = new_id(), os.urandom(NONCE_BYTES), self._tokens.newest_kid
         await tx.execute(
             insert(refresh_families).values(
                 id=family_id,
@@ -312,7 +188,7 @@ class RefreshFamilies:
                 absolute_expires_at=now + absolute,
             )
         )
-        token = self._write(family_id, 0, nonce, kid)
+        token = self._tokens.write(family_id, 0, nonce, kid)
         return Family(family_id, facts.user_id, token, scope, audiences, now, tuple(amr), user.role)
 
     async def rotate(
@@ -330,8 +206,8 @@ class RefreshFamilies:
             return Rejected(Verdict.UNKNOWN)
         now = self._clock.now()
         idle, _ = self._lifetimes.of(client)
-        digest = self._retry_digest(genuine.family_id, retry_key)
-        nonce, kid = os.urandom(_NONCE_BYTES), self._keys["refresh"].kid
+        digest = self._tokens.retry_digest(genuine.family_id, retry_key)
+        nonce, kid = os.urandom(NONCE_BYTES), self._tokens.newest_kid
         row = await tx.fetch_hot(
             _ROTATE,
             {
@@ -348,7 +224,7 @@ class RefreshFamilies:
         )
         if row is not None:
             generation, user_id, scope, audiences, auth_time, amr, role = row
-            token = self._write(genuine.family_id, generation, nonce, kid)
+            token = self._tokens.write(genuine.family_id, generation, nonce, kid)
             return _family(genuine.family_id, user_id, token, scope, audiences, auth_time, amr, role)
         return await self._settle(tx, genuine, client, digest, now)
 
@@ -370,7 +246,7 @@ class RefreshFamilies:
         if verdict is Verdict.CURRENT:
             raise TransactionConflict("the family changed under the rotation")
         if verdict is Verdict.RETRIED:
-            token = self._write(row.id, row.generation, row.nonce, row.mac_kid)
+            token = self._tokens.write(row.id, row.generation, row.nonce, row.mac_kid)
             return _family(row.id, row.user_id, token, row.scope, row.audiences, row.auth_time, row.amr, row.role)
         if verdict.ends_family:
             await self._revoke(tx, [row.id], verdict)
