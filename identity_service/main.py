@@ -7,7 +7,7 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +247,7 @@ def create_app(settings: Settings, *, clock: Clock | None = None) -> FastAPI:
             asyncio.create_task(_repeat("keys", settings.key_poll, lambda: step_keys(services))),
             asyncio.create_task(_repeat("audit", _FLUSH_EVERY, lambda: _flush_audit(services))),
         ]
-        log.info("service.started", issuer=settings.public_issuer, at=datetime.now(UTC).isoformat())
+        log.info("service.started", issuer=settings.public_issuer, environment=settings.environment)
         try:
             yield
         finally:

@@ -43,7 +43,10 @@ def dev(
 ) -> None:
     """Serve on this machine with SQLite, a demo user and a demo client; prints how to sign in."""
     data_dir = data_dir or Path(".data")
-    settings = settings_for(data_dir, environment="development", host=host, port=port, log_json=as_json)
+    # Whatever database the environment names, the demo is not for it.
+    settings = settings_for(
+        data_dir, environment="development", database_url="", host=host, port=port, log_json=as_json
+    )
     telemetry.configure_logging(level=settings.log_level, as_json=settings.log_json, stream=sys.stderr)
     bring_up_to_date(settings)
     demo = _prepare(settings, data_dir / "demo.json")

@@ -29,6 +29,10 @@ NEW_PASSWORD = "another good password"
 DEAD = "The refresh token is not valid."
 REUSED = "refresh token reuse detected; session revoked"
 WRONG = "The username or the password is wrong."
+BUSY = text(
+    "SELECT count(*) FROM pg_stat_activity"
+    " WHERE datname = current_database() AND state <> 'idle' AND pid <> pg_backend_pid()"
+)
 
 
 async def signed_in(service: Service, **client: Any) -> tuple[Registered, User, str]:
@@ -235,7 +239,7 @@ async def test_two_replays_at_once_are_one_end(service: Service) -> None:
 async def test_replays_and_refreshes_in_a_heap_always_end_the_family(service: Service) -> None:
     """Twenty rounds: whoever is first, no live descendant is left, and the database refuses nothing."""
     client, user = await service.a_client(), await service.a_user()
-    async with database_errors(service) as errors:
+    with database_errors() as errors:
         for _ in range(20):
             service.clock.advance(1)
             first = (await service.sign_in(client, user))["refresh_token"]
@@ -430,6 +434,18 @@ async def test_a_sign_in_between_its_check_and_its_family_is_refused(
     assert await service.family_rows() == []
 
 
+@pytest.mark.case("REF-22")
+async def test_a_sign_in_of_a_user_who_is_switched_off_meanwhile_is_refused(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Being enabled counts by itself, also where somebody wrote the row by hand and left its epoch alone."""
+    client, user = await service.a_client(), await service.a_user()
+    async with checked_but_not_signed_in(service, monkeypatch, client, user) as signing_in:
+        await service.patch_user(user, enabled=False)
+    assert refused(await signing_in, "invalid_grant") == WRONG
+    assert await service.family_rows() == []
+
+
 @pytest.mark.case("REF-25")
 async def test_a_sign_in_of_a_user_who_is_deleted_meanwhile_is_refused(
     service: Service, monkeypatch: pytest.MonkeyPatch
@@ -506,7 +522,7 @@ async def test_parallel_sign_ins_never_exceed_the_cap(service: Service) -> None:
     client, user = await service.a_client(), await service.a_user()
     await fill(service, client, user, MOST_FAMILIES - 3)
     service.clock.advance(1)
-    async with database_errors(service) as errors:
+    with database_errors() as errors:
         answers = await asyncio.gather(*(password_grant(service, client, user) for _ in range(8)))
     assert {answer.status_code for answer in answers} == {200}
     assert errors == []
@@ -579,7 +595,7 @@ async def test_everything_at_once_ends_without_a_deadlock(service: Service) -> N
         await service.enable(user)
         return await service.http.get("/healthz")
 
-    async with database_errors(service) as errors:
+    with database_errors() as errors:
         work = [service.refresh(client, token) for token in tokens]
         work += [service.refresh(client, token, key=KEY) for token in tokens[::3]]
         work += [revoke(service, client, token) for token in tokens[::5]]
@@ -607,12 +623,8 @@ async def test_a_cancelled_refresh_leaves_no_lock_and_no_transaction(service: Se
                 await task
     async with asyncio.timeout(1):
         assert (await service.refresh(client, token)).status_code == 200
-    open_transactions = await service.execute(
-        text(
-            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
-            " AND state <> 'idle' AND pid <> pg_backend_pid()"
-        )
-    )
-    assert open_transactions[0][0] == 0
+    async with asyncio.timeout(1):
+        while (await service.execute(BUSY))[0][0]:
+            pass  # a background job has a transaction, too, but a short one
     (row,) = await service.family_rows()
     assert (row.generation, row.revoked_at) == (1, None)

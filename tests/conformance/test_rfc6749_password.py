@@ -1,9 +1,14 @@
 """RFC 6749 §4.3: the resource owner password credentials grant, as fenced here."""
 
+import asyncio
+import threading
+from typing import Any
+
 import pytest
 from prometheus_client import REGISTRY
 
 from identity_service.infra.runtime import Secret
+from identity_service.infra.runtime.hashing import PasswordHasher
 from tests.support.hashing import watch_verifications
 from tests.support.reading import unverified_claims
 from tests.support.refusals import refusal, written
@@ -232,6 +237,43 @@ async def test_switched_off_the_grant_is_unknown(sqlite_url: str) -> None:
         client, user = await service.a_client(), await service.a_user()
         answer = await service.token(client, grant_type="password", username=user.username, password=PASSWORD)
         refusal(answer, "unsupported_grant_type", PASSWORD)
+
+
+@pytest.mark.case("ACC-42")
+async def test_a_full_hashing_pool_is_an_outage_and_no_verdict(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Whoever comes too many is told to come back, whatever the name, and it counts as no attempt.
+
+    What needs no hash is served meanwhile.
+    """
+    entered, free = threading.Event(), threading.Event()
+    verify = PasswordHasher._verify
+
+    def held(*given: Any) -> Any:
+        entered.set()
+        free.wait(10)
+        return verify(*given)
+
+    async with running(test_settings(sqlite_url, hash_threads=1, hash_queue=0)) as service:
+        client, user = await service.a_client(), await service.a_user()
+        monkeypatch.setattr(PasswordHasher, "_verify", held)
+        first = asyncio.create_task(
+            service.token(client, grant_type="password", username=user.username, password=PASSWORD)
+        )
+        assert await asyncio.to_thread(entered.wait, 10)
+        before = await written(service)
+        for name in (user.username, "nobody") * 12:
+            answer = await service.token(client, grant_type="password", username=name, password=PASSWORD)
+            refusal(answer, "temporarily_unavailable", PASSWORD, status=503)
+        assert (await service.token(client, grant_type="client_credentials")).status_code == 200
+        assert (await service.http.get("/.well-known/jwks.json")).status_code == 200
+        assert (await service.http.get("/readyz")).status_code == 200
+        assert await written(service) == before
+        free.set()
+        assert (await first).status_code == 200
+        assert await service.sign_in(client, user)
 
 
 async def test_a_name_that_somebody_typed_a_password_into_is_kept_as_a_keyed_hash(embedded: Service) -> None:

@@ -490,6 +490,22 @@ async def test_a_replica_whose_clock_is_behind_signs_right_after_a_compromise(re
     assert await count(first, signing_keys) == 3
 
 
+async def test_rotate_does_not_put_back_a_key_that_an_emergency_has_just_activated(replicas: Start) -> None:
+    """It decides on the schedule as it is when its turn has come."""
+    clock = FrozenClock()
+    first, second = [await replicas(clock) for _ in range(2)]
+    old, new = await one(first, KeyState.ACTIVE), await one(first, KeyState.NEXT)
+    async with schedule_held(first) as queued:
+        emergency = asyncio.create_task(compromise(first, old.kid))
+        await queued(1)
+        rotating = asyncio.create_task(second.db.run(second.signing_keys.rotate))
+        await queued(2)
+    await emergency
+    assert (await rotating).kid not in (old.kid, new.kid)
+    active = await one(first, KeyState.ACTIVE)
+    assert (active.kid, active.activates_at) == (new.kid, clock.now())
+
+
 async def test_a_compromise_that_meets_a_rotation_leaves_one_active_and_one_next_key(replicas: Start) -> None:
     """Both wait for the lock at the same instant; whichever comes second sees what the first one did."""
     clock = FrozenClock()
