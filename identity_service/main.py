@@ -41,7 +41,7 @@ from identity_service.settings import Settings, UnsafeSettings
 from identity_service.web.account import account_router
 from identity_service.web.asgi import Receive, Reply, Scope, Send
 from identity_service.web.deps import Bearer, ClientAuthenticator, InsufficientScope, Unauthenticated
-from identity_service.web.edge import Edge, Endpoint
+from identity_service.web.edge import Edge, Endpoint, Guard
 from identity_service.web.errors import problem, problem_of
 from identity_service.web.health import Liveness, Readiness
 from identity_service.web.oauth import JwksEndpoint, MetadataEndpoint, RevocationEndpoint, TokenEndpoint
@@ -274,6 +274,7 @@ def create_app(settings: Settings, *, clock: Clock | None = None) -> FastAPI:
     )
     app.include_router(account_router(services.db, bearer, services.users))
     _install_error_pages(app)
+    app.add_middleware(Guard)
     app.edge = Edge(
         app.framework,
         endpoints=_endpoints(services),

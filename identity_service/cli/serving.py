@@ -90,6 +90,7 @@ def run_server(settings: Settings, *, when_ready: Callable[[], None] = lambda: N
             host=settings.host,
             port=settings.port,
             http="httptools",
+            ws="none",
             lifespan="on",
             access_log=False,
             log_config=None,

@@ -144,8 +144,14 @@ class Transaction:
             raise await self._broken(error, committing=False) from error
 
     async def lock(self, name: str) -> None:
-        """Wait for the named lock, held until this transaction ends; its row was made by the migration."""
-        await self.execute(select(locks.c.name).where(locks.c.name == name).with_for_update())
+        """
+        Wait for the named lock, held until this transaction ends; its row was made by the migration.
+
+        Raises LookupError where there is no such row: a lock that locks nothing must not look like one.
+        """
+        held = await self.execute(select(locks.c.name).where(locks.c.name == name).with_for_update())
+        if held.first() is None:
+            raise LookupError(f"the database has no lock named {name}")
 
     async def database_time(self) -> datetime:
         """Return the database's clock; on SQLite that is this machine's own."""

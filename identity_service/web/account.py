@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from identity_service.accounts.users import User, Users
 from identity_service.infra.database import Database
 from identity_service.web.asgi import Headers
-from identity_service.web.deps import Bearer, InsufficientScope, Unauthenticated
+from identity_service.web.deps import Bearer, InsufficientScope, Unauthenticated, identifier
 
 
 class Profile(BaseModel):
@@ -39,7 +39,7 @@ def account_router(db: Database, bearer: Bearer, users: Users) -> APIRouter:
             raise InsufficientScope("account:read")
         async with db.transaction() as tx:
             await bearer.check_live(tx, claims)
-            user = None if claims.session_id is None else await users.get(tx, uuid.UUID(claims.subject))
+            user = None if claims.session_id is None else await users.get(tx, identifier(claims.subject))
         if user is None:
             raise Unauthenticated("invalid_token", reason="not_a_person")
         return user

@@ -220,6 +220,14 @@ class InsufficientScope(Exception):
         self.scope = scope
 
 
+def identifier(text: str) -> uuid.UUID:
+    """Return an identifier that a token carries; raises Unauthenticated for what can be none."""
+    try:
+        return uuid.UUID(text)
+    except ValueError:
+        raise Unauthenticated("invalid_token", reason="identifier_malformed") from None
+
+
 @final
 class Bearer:
     """Checks the access tokens that come to our own API: the same strict reading as siblings do, plus live state."""
@@ -262,5 +270,5 @@ class Bearer:
             if claims.issued_at < int(client.epoch_at.timestamp()):
                 raise Unauthenticated("invalid_token", reason="client_epoch")
             return
-        if not await self._families.live(tx, uuid.UUID(claims.session_id), claims.client_id):
+        if not await self._families.live(tx, identifier(claims.session_id), claims.client_id):
             raise Unauthenticated("invalid_token", reason="session_ended")

@@ -33,6 +33,9 @@ _LOCKED_DOWN = (b"content-security-policy", b"default-src 'none'; frame-ancestor
 _HSTS = (b"strict-transport-security", b"max-age=31536000; includeSubDomains")
 
 
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
 class Endpoint(Protocol):
     """An endpoint that stands before the framework."""
 
@@ -51,7 +54,7 @@ class Edge:
 
     def __init__(
         self,
-        app: Callable[[Scope, Receive, Send], Awaitable[None]],
+        app: Application,
         *,
         endpoints: dict[str, Endpoint],
         allowed_hosts: Sequence[str],
@@ -128,7 +131,7 @@ class Edge:
                 return "unknown host"
         endpoint = self._endpoints.get(path)
         if endpoint is None:
-            await self._guarded(scope, receive, send)
+            await self._app(scope, receive, send)
             route = scope.get("route")
             return str(getattr(route, "path", "unmatched"))
         if scope["method"] not in endpoint.methods:
@@ -139,8 +142,26 @@ class Edge:
         await endpoint(scope, receive, send)
         return path
 
-    async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the framework, and answer for a fault of ours before it can say anything about it."""
+    def _host_allowed(self, host: str) -> bool:
+        if "*" in self._hosts:
+            return True
+        match = _HOST.fullmatch(host)
+        return match is not None and match[1].lower() in self._hosts
+
+
+@final
+class Guard:
+    """
+    Stands inside the framework and answers for faults of ours, before the framework can say anything about them.
+
+    What has begun to answer when it fails is cut off by the server; there is no other honest end to it.
+    """
+
+    def __init__(self, app: Application) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass one request through."""
         begun = False
 
         async def sending(message: MutableMapping[str, Any]) -> None:
@@ -151,13 +172,6 @@ class Edge:
         try:
             await self._app(scope, receive, sending)
         except Exception as error:
-            reply = problem_of(error)
-            if begun:
+            if begun or scope["type"] != "http":
                 raise
-            await reply.send(send)
-
-    def _host_allowed(self, host: str) -> bool:
-        if "*" in self._hosts:
-            return True
-        match = _HOST.fullmatch(host)
-        return match is not None and match[1].lower() in self._hosts
+            await problem_of(error).send(send)

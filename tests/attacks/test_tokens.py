@@ -506,3 +506,16 @@ async def _compromise(service: Service, tx: Any, kid: str) -> list[str]:
 
     keys = service.services.signing_keys
     return await keys.compromise(tx, [kid], await keys.prepare(Plan(create=(service.clock.now(),) * 2)))
+
+
+@pytest.mark.parametrize("claim", ["sid", "sub"])
+@pytest.mark.parametrize("value", ["x", "\0", "00000000-0000-0000-0000-00000000000g"])
+async def test_an_identifier_that_is_none_is_refused_even_with_our_signature(
+    service: Service, claim: str, value: str
+) -> None:
+    """A token that only we could have made still gets 401 and not a fault."""
+    client, user = await service.a_client(), await service.a_user()
+    claims = parts_of((await service.sign_in(client, user))["access_token"])[1]
+    answer = await service.me(service.services.signing_keys.sign({**claims, claim: value}, typ="at+jwt"))
+    assert answer.status_code == 401
+    assert 'error="invalid_token"' in answer.headers["www-authenticate"]

@@ -176,10 +176,23 @@ async def test_each_change_is_told_once(harness: Harness, server: LocalRedis) ->
     await harness.limiter.spend([browse])
     assert harness.changes == [True]
     server.start()
-    harness.monotonic.time += 1
+    harness.monotonic.time += FallbackLimiter.CAUTION
     await spend_times(harness.limiter, 3, guess)
     assert harness.changes == [True, False]
     assert await spend_times(harness.limiter, 2, guess) == [Allowed(), Limited("guess", 10)]
+
+
+async def test_neither_losing_redis_nor_its_return_hands_out_a_fresh_burst(
+    harness: Harness, server: LocalRedis
+) -> None:
+    """Five may guess at once; who has done so with Redis, or partly without it, has no guess left for a while."""
+    assert await spend_times(harness.limiter, 2, guess) == [Allowed()] * 2
+    server.stop()
+    assert await spend_times(harness.limiter, 1, guess) == [Limited("guess", 10)]
+    server.start()
+    harness.monotonic.time += 1
+    assert await spend_times(harness.limiter, 1, guess) == [Limited("guess", 10)]
+    assert harness.changes == [True, False]
 
 
 async def test_settling_reaches_what_was_counted_without_redis(harness: Harness, server: LocalRedis) -> None:

@@ -205,11 +205,15 @@ class FallbackLimiter:
     themselves. Other rules do not limit. After a failure Redis is left alone for a second, and then asked by one call
     only, so that an outage does not cost every request a timeout.
 
+    Spends on credentials are always counted in memory as well, and for a minute after a failure both must allow them:
+    neither the moment in which Redis goes away nor the one in which it comes back hands out a fresh burst.
+
     Settling always reaches the memory too: a spend may have been counted there and Redis come back since, and the
     marks set today are the ones that an outage tomorrow will want.
     """
 
     PAUSE = 1.0  # seconds
+    CAUTION = 60.0  # seconds
 
     def __init__(
         self,
@@ -225,13 +229,15 @@ class FallbackLimiter:
         self._monotonic = monotonic
         self._degraded = False
         self._ask_again_at = 0.0
+        self._strict_until = 0.0
 
     async def spend(self, spends: Spends) -> Allowed | Limited:
         answer = await self._ask(lambda: self._primary.spend(spends))
-        if answer is not None:
+        if isinstance(answer, Limited):
             return answer
         strict = [replace(spend, rule=_stricter(spend.rule)) for spend in spends if spend.rule.credential]
-        return await self._memory.spend(strict)
+        counted = await self._memory.spend(strict)
+        return counted if answer is None or self._monotonic() < self._strict_until else answer
 
     async def settle(
         self, *, refund: Spends = (), reset: Spends = (), mark: Sequence[str] = (), mark_for: float = 0
@@ -253,6 +259,7 @@ class FallbackLimiter:
             answer = await question()
         except (RedisError, OSError):  # TimeoutError is an OSError
             self._ask_again_at = self._monotonic() + self.PAUSE
+            self._strict_until = self._monotonic() + self.CAUTION
             self._change(degraded=True)
             return None
         if probing:  # an answer to a question asked before the failure says nothing about the time after it
