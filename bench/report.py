@@ -35,7 +35,7 @@ RATIO_TARGETS = {
     "refresh_token": Target("refresh_token, ratio to RSA signatures", 0.23, 0.40),
     "jwks": Target("JWKS, ratio to RSA signatures", 3.0, 6.0),
 }
-MEMORY_TARGET = Target("memory of the worker under load (PSS)", 110, 85, " MB", at_most=True)
+MEMORY_TARGET = Target("memory of the worker under load (PSS), no password hashing", 110, 85, " MB", at_most=True)
 START_TARGET = Target("start to first token, existing database", 1.2, 0.5, " s", at_most=True)
 
 
@@ -57,8 +57,12 @@ class Report:
 
     @property
     def pss_megabytes(self) -> float:
-        """The largest memory that the worker had at the end of any operation, in units of 2**20 bytes."""
-        return max((result.pss_bytes for result in self.results), default=0) / MEGABYTE
+        """
+        The largest memory that the worker had at the end of any operation, in units of 2**20 bytes.
+
+        Password hashing is left out: it takes Argon2's memory times the threads of its pool, whatever the worker is.
+        """
+        return max((result.pss_bytes for result in self.results if result.name != "password"), default=0) / MEGABYTE
 
     def as_json(self) -> dict[str, Any]:
         """Return plain data: rates per second, latencies and CPU times in microseconds, memory in bytes."""

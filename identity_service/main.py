@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 import ipaddress
 import os
-from collections.abc import AsyncIterator
+import sqlite3
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, timedelta
@@ -25,7 +26,7 @@ from identity_service.accounts.users import Users
 from identity_service.infra import telemetry
 from identity_service.infra.audit import AuditTrail
 from identity_service.infra.data_keys import DataKeys
-from identity_service.infra.database import Database, DatabaseUnavailable
+from identity_service.infra.database import Database, DatabaseUnavailable, Transaction
 from identity_service.infra.ratelimit import Limiter, MemoryLimiter
 from identity_service.infra.runtime import Clock, SystemClock
 from identity_service.infra.runtime.envelope import MasterKeyError, MasterKeys, new_master_key
@@ -35,7 +36,7 @@ from identity_service.oauth.grants.client_credentials import ClientCredentials
 from identity_service.oauth.grants.password import Password
 from identity_service.oauth.grants.pipeline import Grant, Pipeline
 from identity_service.oauth.grants.refresh_token import RefreshToken
-from identity_service.oauth.signing_keys import KeyPolicy, SigningKeys
+from identity_service.oauth.signing_keys import KeyPolicy, NewKey, Plan, SigningKeys
 from identity_service.oauth.tokens import Tokens
 from identity_service.settings import Settings, UnsafeSettings
 from identity_service.web.account import account_router
@@ -48,6 +49,8 @@ from identity_service.web.oauth import JwksEndpoint, MetadataEndpoint, Revocatio
 
 log = structlog.get_logger(__name__)
 
+_SCHEDULE = "schedule"
+"""Who the audit trail names for what falls due by itself."""
 _FLUSH_EVERY = 30.0  # seconds between two writings of the failures that were held back
 
 
@@ -55,12 +58,14 @@ def load_master_keys(settings: Settings) -> MasterKeys:
     """
     Return the master keys of the settings; development makes one on first use, readable by its owner only.
 
-    Raises MasterKeyError. Nothing is ever generated where a key was named: a new one could unwrap nothing.
+    Raises MasterKeyError. Nothing is ever generated where a key was named, or where a database holds keys already: a
+    new one could unwrap none of them.
     """
     if text := settings.master_key.get_secret_value():
         return MasterKeys.parse(text)
     path = settings.master_key_file or development_key_file(settings.data_dir)
-    if settings.master_key_file is None and not settings.production and not path.exists():
+    ours_to_make = settings.master_key_file is None and not settings.production and not path.exists()
+    if ours_to_make and not _holds_keys(settings):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
@@ -68,13 +73,30 @@ def load_master_keys(settings: Settings) -> MasterKeys:
     try:
         return MasterKeys.parse(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise MasterKeyError(f"the master key file cannot be read: {type(error).__name__}: {path}") from None
+        raise MasterKeyError(
+            f"the master key file cannot be read: {type(error).__name__}: {path}; put back the one this database was"
+            " made with (nothing else can open its keys)"
+        ) from None
+    except MasterKeyError as error:
+        raise MasterKeyError(f"{path}: {error}") from None
 
 
 def development_key_file(data_dir: Path) -> Path:
     """Return where one machine keeps its master key: `keys/` for the default data directory, else inside it."""
     default: Path = Settings.model_fields["data_dir"].default
-    return Path("keys/master.key") if data_dir == default else data_dir / "master.key"
+    return Path("keys/master.key") if data_dir.resolve() == default.resolve() else data_dir / "master.key"
+
+
+def _holds_keys(settings: Settings) -> bool:
+    """Return whether the embedded database of the settings was wrapped by some master key before."""
+    path = Path(settings.database.removeprefix("sqlite+aiosqlite:///"))
+    if not settings.on_sqlite or not path.exists():
+        return False
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+        try:
+            return connection.execute("SELECT 1 FROM data_keys").fetchone() is not None
+        except sqlite3.OperationalError:
+            return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +196,7 @@ def _limiter(settings: Settings, clock: Clock) -> Limiter:
 
 async def load_keys(services: Services) -> None:
     """Load every key before the first request, making those that an empty database lacks. Raises MasterKeyError."""
-    await services.db.run(services.data_keys.load)
+    await services.db.run(lambda tx: _load_data_keys(services, tx))
     await step_keys(services)
 
 
@@ -183,17 +205,36 @@ async def step_keys(services: Services) -> None:
     owed = await services.db.run(lambda tx: _poll(services, tx))
     if owed:
         spare = await services.signing_keys.prepare(owed)
-        await services.db.run(lambda tx: services.signing_keys.advance(tx, spare))
+        await services.db.run(lambda tx: _advance(services, tx, spare))
         await services.db.run(services.signing_keys.poll)
 
 
-async def _poll(services: Services, tx: Any) -> Any:
+async def correct_clock(services: Services, tx: Transaction) -> None:
+    """Set the clock by the database's, so that instants mean the same here as where they were stored."""
     clock = services.clock
     if isinstance(clock, SystemClock) and not services.db.on_sqlite:
         asked_at = clock.now()
         reference = await tx.database_time()
         clock.correct(reference=reference.astimezone(UTC), asked_at=asked_at, answered_at=clock.now())
+
+
+async def _load_data_keys(services: Services, tx: Transaction) -> None:
+    for purpose in await services.data_keys.load(tx):
+        await services.audit.record(tx, "data_key.created", origin=None, actor=_SCHEDULE, target=purpose)
+
+
+async def _poll(services: Services, tx: Transaction) -> Plan:
+    await correct_clock(services, tx)
     return await services.signing_keys.poll(tx)
+
+
+async def _advance(services: Services, tx: Transaction, spare: Sequence[NewKey]) -> None:
+    taken = await services.signing_keys.advance(tx, spare)
+    for key, activates_at in zip(spare, taken.create, strict=False):
+        detail = {"activates_at": activates_at.isoformat()}
+        await services.audit.record(tx, "key.created", origin=None, actor=_SCHEDULE, target=key.kid, detail=detail)
+    for kid in taken.retire:
+        await services.audit.record(tx, "key.retired", origin=None, actor=_SCHEDULE, target=kid)
 
 
 async def _repeat(name: str, every: float, job: Any) -> None:
@@ -213,6 +254,15 @@ async def _flush_audit(services: Services) -> None:
 
 
 # -- the application --------------------------------------------------------------------------------------------------
+
+
+async def _check_default_client(services: Services) -> None:
+    """Refuse to let nameless requests stand for a client that has a secret, or that is not ours."""
+    if (client_id := services.settings.default_client_id) is None:
+        return
+    client = await services.db.run(lambda tx: services.clients.find(tx, client_id))
+    if client is None or not client.public or not client.first_party:
+        raise UnsafeSettings("IDENTITY_DEFAULT_CLIENT_ID must name a public first-party client")
 
 
 class Application(FastAPI):
@@ -243,11 +293,14 @@ def create_app(settings: Settings, *, clock: Clock | None = None) -> FastAPI:
         if revision is None or revision < SCHEMA_REVISION:
             raise UnsafeSettings("the database's schema is older than this version: run `identity-service migrate`")
         await load_keys(services)
+        await _check_default_client(services)
+        if settings.production and not settings.trusted_proxies:
+            log.warning("service.no_trusted_proxies", hint="behind a proxy, everybody shares its limits")
         jobs = [
             asyncio.create_task(_repeat("keys", settings.key_poll, lambda: step_keys(services))),
             asyncio.create_task(_repeat("audit", _FLUSH_EVERY, lambda: _flush_audit(services))),
         ]
-        log.info("service.started", issuer=settings.public_issuer, environment=settings.environment)
+        log.info("service.ready", issuer=settings.public_issuer, environment=settings.environment)
         try:
             yield
         finally:

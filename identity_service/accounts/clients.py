@@ -178,7 +178,7 @@ class Clients:
     async def find(self, tx: Transaction, client_id: str) -> Client | None:
         """Return the client of that id, enabled or not, at most a second old; None if there is none."""
         if not _CLIENT_ID.fullmatch(client_id):
-            return None  # not one of ours; asking the database would let strangers keep it busy
+            return None  # not one of ours; the database need not be asked
         return await self._cache.get(client_id, lambda: self._load(tx, client_id))
 
     def proves(self, client: Client, secret: Secret) -> bool:
@@ -232,6 +232,8 @@ class Clients:
 
         Raises LookupError for an unknown client, InvalidClientMetadata for one that has no secrets.
         """
+        # One rotation at a time, or two at once would leave three secrets.
+        await tx.execute(select(clients.c.id).where(clients.c.id == client_id).with_for_update())
         client = await self._known(tx, client_id)
         _demand(not client.public, "a public client has no secret")
         now = self._clock.now()

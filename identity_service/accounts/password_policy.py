@@ -15,7 +15,6 @@ from identity_service.infra.runtime import Secret
 from identity_service.infra.runtime.hashing import normalise_password
 
 LONGEST_PASSWORD = 128
-CLASSES = ("upper", "lower", "digit", "symbol")
 
 
 class PasswordRefused(ValueError):

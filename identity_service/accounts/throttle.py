@@ -55,7 +55,8 @@ class SignInThrottle:
         """
         Return the keyed hash of a name: people type passwords into the name field.
 
-        Spellings that mean one account have one hash, or each would be another set of guesses at it.
+        Spellings of one name have one hash, or each would be another set of guesses. A username and its address stay
+        two names, with a budget each: limits they shared would tell that they belong together.
         """
         known_as = canonical_email(name) or canonical_username(name) or name
         return self._keys["names"].mac(known_as.encode("utf-8", "surrogatepass"))[:16].hex()
@@ -91,5 +92,5 @@ class SignInThrottle:
         await self._limiter.settle(refund=attempt.spends)
 
     async def forgive(self, name: str) -> None:
-        """Forget the failures for a name from everywhere, because its password was set anew."""
+        """Forget a name's failures over all networks: its password was set anew. Those of each network fade alone."""
         await self._limiter.settle(reset=[Spend(ACCOUNT, f"a:{self.name_hash(name)}")])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, final
 
-from sqlalchemy import Row, Select, exists, insert, select, update
+from sqlalchemy import Row, Select, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from identity_service.accounts.password_policy import PasswordPolicy
@@ -197,10 +197,6 @@ class Users:
         """Return the user with this username or address, by the same rules as a sign-in."""
         facts = await self.facts(tx, name)
         return await self.get(tx, facts.user_id) if facts else None
-
-    async def any(self, tx: Transaction) -> bool:
-        """Return whether there is any user at all."""
-        return bool((await tx.execute(select(exists(select(users.c.id))))).scalar_one())
 
     async def all(self, tx: Transaction, *, limit: int) -> list[User]:
         """Return the newest users, newest first."""

@@ -44,9 +44,16 @@ def main() -> None:
         typer.echo(f"identity-service: {error}", err=True)
         sys.exit(1)
     except DatabaseUnavailable as error:
-        typer.echo(f"identity-service: the database cannot be reached ({error}); nothing was changed", err=True)
+        typer.echo(f"identity-service: the database cannot be reached: {_reason(error)}", err=True)
+        typer.echo("If the command was to change something, look whether it did before you repeat it.", err=True)
         sys.exit(1)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         typer.echo(f"identity-service: {error.strerror or type(error).__name__}{where}", err=True)
         sys.exit(1)
+
+
+def _reason(error: DatabaseUnavailable) -> str:
+    """Return the driver's own first line, which names the host and never the password, or our word for it."""
+    cause = getattr(error.__cause__, "orig", error.__cause__)
+    return str(cause).strip().partition("\n")[0] or str(error)

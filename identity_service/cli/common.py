@@ -16,7 +16,7 @@ from identity_service.infra import telemetry
 from identity_service.infra.database import Transaction
 from identity_service.infra.runtime import Secret
 from identity_service.infra.tables import SCHEMA_REVISION
-from identity_service.main import Services, build_services, load_keys
+from identity_service.main import Services, build_services, correct_clock, load_keys
 from identity_service.settings import Settings, load_settings
 
 Answer = TypeVar("Answer")
@@ -56,6 +56,7 @@ async def opened(settings: Settings) -> AsyncIterator[Services]:
         revision = await services.db.revision()
         if revision is None or revision < SCHEMA_REVISION:
             raise Refused("the database's schema is older than this version: run `identity-service migrate`")
+        await services.db.run(lambda tx: correct_clock(services, tx))
         yield services
     finally:
         await services.close()

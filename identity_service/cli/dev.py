@@ -13,7 +13,7 @@ import typer
 
 from identity_service.accounts.clients import NO_AUTHENTICATION, NewClient
 from identity_service.cli.common import ACTOR, AsJson, DataDir, settings_for, with_services
-from identity_service.cli.serving import bring_up_to_date, run_server
+from identity_service.cli.serving import bring_up_to_date, only_one_on_sqlite, run_server
 from identity_service.infra import telemetry
 from identity_service.infra.database import Transaction
 from identity_service.infra.runtime import Secret
@@ -48,15 +48,16 @@ def dev(
         data_dir, environment="development", database_url="", host=host, port=port, log_json=as_json
     )
     telemetry.configure_logging(level=settings.log_level, as_json=settings.log_json, stream=sys.stderr)
-    bring_up_to_date(settings)
-    demo = _prepare(settings, data_dir / "demo.json")
-    settings = settings.model_copy(update={"default_client_id": demo.client_id})
+    with only_one_on_sqlite(settings):  # before anything is touched that a running server relies on
+        bring_up_to_date(settings)
+        demo = _prepare(settings, data_dir / "demo.json")
+        settings = settings.model_copy(update={"default_client_id": demo.client_id})
 
-    def announce() -> None:
-        typer.echo(_as_json(settings, demo) if as_json else _as_text(settings, demo))
-        sys.stdout.flush()
+        def announce() -> None:
+            typer.echo(_as_json(settings, demo) if as_json else _as_text(settings, demo))
+            sys.stdout.flush()
 
-    run_server(settings, when_ready=announce)
+        run_server(settings, when_ready=announce)
 
 
 def _prepare(settings: Settings, path: Path) -> Demo:

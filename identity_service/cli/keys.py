@@ -11,7 +11,8 @@ from identity_service.cli.common import ACTOR, AsJson, DataDir, Refused, opened,
 from identity_service.infra import telemetry
 from identity_service.infra.database import Transaction
 from identity_service.main import Services
-from identity_service.oauth.signing_keys import KeyRecord, KeyState, NoUsableKey, Plan
+from identity_service.oauth.signing_keys import KeyRecord, KeyState, NoUsableKey
+from identity_service.oauth.signing_keys.material import generate
 
 app = typer.Typer(help="Signing keys and the master key.", no_args_is_help=True, rich_markup_mode=None)
 audit_app = typer.Typer(help="The audit trail.", no_args_is_help=True, rich_markup_mode=None)
@@ -78,7 +79,7 @@ def rotate(as_json: AsJson = False, data_dir: DataDir = None) -> None:
     )
 
 
-@app.command()
+@app.command(context_settings={"ignore_unknown_options": True})  # an id may begin with a hyphen
 def compromise(
     kid: Annotated[str | None, typer.Argument(help="The key that can no longer be trusted.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Every key that is published.")] = False,
@@ -93,20 +94,20 @@ def compromise(
     if (kid is None) != every:
         raise Refused("name one key, or say --all")
 
-    async def work(services: Services, tx: Transaction) -> list[str]:
+    async def work(services: Services, tx: Transaction) -> tuple[list[str], list[dict[str, Any]]]:
         states = {record.kid: state for record, state in await services.signing_keys.describe(tx)}
         in_use = [name for name, state in states.items() if state not in (KeyState.COMPROMISED, KeyState.RETIRED)]
         chosen = in_use if kid is None else [kid]
         if not set(chosen) <= states.keys():
             raise Refused("there is no such key")
-        spare = await services.signing_keys.prepare(Plan(create=(services.clock.now(),) * 2))
         hit = await services.signing_keys.compromise(tx, chosen, spare)
         for name in hit:
             await services.audit.record(tx, "key.compromised", origin=None, actor=ACTOR, target=name)
-        return hit
+        return hit, await _schedule(services, tx)
 
-    hit = run(data_dir, work, keys=True)
-    rows = run(data_dir, _schedule, keys=True)
+    bits = settings_for(data_dir).signing_key_bits
+    spare = [generate(bits), generate(bits)]  # before any lock is taken: a large key can take seconds
+    hit, rows = run(data_dir, work, keys=True)
     text = "\n".join([*(f"{name} is out of use" for name in hit), _table(rows)])
     if every:
         text += "\nThe new key was never published: siblings that cache the JWKS refuse tokens for up to 15 minutes."

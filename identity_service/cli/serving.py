@@ -10,6 +10,7 @@ from pathlib import Path
 from socket import socket
 from typing import Annotated, Any
 
+import structlog
 import typer
 import uvicorn
 from sqlalchemy.exc import OperationalError
@@ -22,17 +23,25 @@ from identity_service.infra.runtime.envelope import MasterKeyError
 from identity_service.main import create_app
 from identity_service.settings import Settings, UnsafeSettings
 from identity_service.web.asgi import Receive, Scope, Send
+from identity_service.web.protocol import BoundedProtocol
+
+log = structlog.get_logger(__name__)
 
 
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on [IDENTITY_HOST].")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on [IDENTITY_PORT].")] = None,
-    data_dir: DataDir = None,
+    data_dir: Annotated[Path | None, typer.Option("--data-dir", help="Serve the database of `dev`.")] = None,
 ) -> None:
-    """Serve with the settings of the environment: one process, as many replicas as you like."""
+    """
+    Serve with the settings of the environment: one process, as many replicas as you like.
+
+    Only `--data-dir` makes it a development server; the variable alone does not, nor does a forgotten database.
+    """
     settings = settings_for(data_dir, host=host, port=port)
     telemetry.configure_logging(level=settings.log_level, as_json=settings.log_json)
-    run_server(settings)
+    with only_one_on_sqlite(settings):
+        run_server(settings)
 
 
 def migrate(data_dir: DataDir = None) -> None:
@@ -68,6 +77,7 @@ class _Server(uvicorn.Server):
         if self.started:
             gc.collect()
             gc.freeze()
+            log.info("service.started", host=self.config.host, port=self.config.port)
             self._when_ready()
 
 
@@ -77,37 +87,36 @@ def run_server(settings: Settings, *, when_ready: Callable[[], None] = lambda: N
 
     Raises Refused, UnsafeSettings, MasterKeyError, DatabaseUnavailable.
     """
-    with _only_one_on_sqlite(settings):
-        if settings.metrics_port is not None:
-            try:
-                telemetry.serve_metrics(settings.metrics_port, settings.host)
-            except OSError as error:
-                raise Refused(f"the metrics port cannot be opened: {error.strerror}") from None
-        refusals: list[Exception] = []
-        config = uvicorn.Config(
-            _telling_refusals(create_app(settings), refusals),
-            interface="asgi3",
-            host=settings.host,
-            port=settings.port,
-            http="httptools",
-            ws="none",
-            lifespan="on",
-            access_log=False,
-            log_config=None,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=75,
-            timeout_graceful_shutdown=settings.shutdown_grace,
-        )
-        # The server hands a signal on when it has ended in good order; that is no accident, and ends with 0.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: sys.exit(0))
+    if settings.metrics_port is not None:
         try:
-            _Server(config, when_ready).run()
-        except SystemExit:
-            if refusals:
-                raise refusals[0] from None
-            raise
+            telemetry.serve_metrics(settings.metrics_port, settings.host)
+        except OSError as error:
+            raise Refused(f"the metrics port cannot be opened: {error.strerror}") from None
+    refusals: list[Exception] = []
+    config = uvicorn.Config(
+        _telling_refusals(create_app(settings), refusals),
+        interface="asgi3",
+        host=settings.host,
+        port=settings.port,
+        http=BoundedProtocol,
+        ws="none",
+        lifespan="on",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=settings.shutdown_grace,
+    )
+    # The server hands a signal on when it has ended in good order; that is no accident, and ends with 0.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
+    try:
+        _Server(config, when_ready).run()
+    except SystemExit:
+        if refusals:
+            raise refusals[0] from None
+        raise
 
 
 def _telling_refusals(app: Application, refusals: list[Exception]) -> Application:
@@ -130,7 +139,7 @@ def _telling_refusals(app: Application, refusals: list[Exception]) -> Applicatio
 
 
 @contextmanager
-def _only_one_on_sqlite(settings: Settings) -> Iterator[None]:
+def only_one_on_sqlite(settings: Settings) -> Iterator[None]:
     """Keep a second server off the same SQLite file: its caches and limits would not know of ours."""
     if not settings.on_sqlite:
         yield
@@ -141,5 +150,5 @@ def _only_one_on_sqlite(settings: Settings) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Refused(f"another server is running on {database}; use PostgreSQL for several") from None
+            raise Refused(f"another server is running on {database}; stop it first, or use PostgreSQL") from None
         yield

@@ -18,7 +18,7 @@ from identity_service.infra.tables import audit_events
 
 _ROWS_A_MINUTE = 10
 _DISTINCT_SUBJECTS = 10_000
-_OVERFLOW = "(many)"
+_OVERFLOW = "many"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +92,10 @@ class AuditTrail:
             self._minute = minute
             self._seen.clear()
         keys = (self._bounded(f"target {target}"), self._bounded(f"network {origin.network}"))
-        if any(self._seen.get(key, 0) >= _ROWS_A_MINUTE for key in keys):
-            held = (event, target, origin.network)
+        of_target, of_network = (self._seen.get(key, 0) for key in keys)
+        if max(of_target, of_network) >= _ROWS_A_MINUTE:
+            # Who invents a target for each try gets one row for all of them: the network is what they share.
+            held = (event, target if of_target >= _ROWS_A_MINUTE else _OVERFLOW, origin.network)
             if held not in self._held and len(self._held) >= _DISTINCT_SUBJECTS:
                 held = (event, _OVERFLOW, _OVERFLOW)
             self._held[held] = self._held.get(held, 0) + 1

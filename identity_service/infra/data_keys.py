@@ -59,14 +59,14 @@ class DataKeys:
     def _context(purpose: str, kid: str) -> str:
         return f"{purpose}|{kid}"
 
-    async def load(self, tx: Transaction) -> None:
+    async def load(self, tx: Transaction) -> list[str]:
         """
-        Read every data key and create those that do not exist yet, under the schedule lock.
+        Read every data key and create those that do not exist yet, under the schedule lock; return their purposes.
 
         Raises MasterKeyError when the database holds keys that our master keys cannot unwrap: making new ones would
         silently end every session.
         """
-        rows = await self._rows(tx)
+        rows, missing = await self._rows(tx), set[str]()
         if set(PURPOSES) - {row.purpose for row in rows}:
             await tx.lock("schedule")
             missing = set(PURPOSES) - {row.purpose for row in await self._rows(tx)}
@@ -78,6 +78,7 @@ class DataKeys:
             plain = self._master.unwrap(Wrapped(row.kek_id, row.wrapped), context=self._context(row.purpose, row.kid))
             found.setdefault(row.purpose, {})[row.kid] = plain
         self._by_purpose = {purpose: DataKey(list(keys)[-1], keys) for purpose, keys in found.items()}
+        return sorted(missing)
 
     async def rewrap(self, tx: Transaction) -> int:
         """Wrap every data key with the first master key; return how many were not yet."""

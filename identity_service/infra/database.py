@@ -18,7 +18,7 @@ import structlog
 from sqlalchemy import CursorResult, Dialect, Executable, TextualSelect, event, func, select, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
@@ -37,6 +37,7 @@ _SERVER_OPTIONS = {
     # All our statements find rows by key. A plan made while the tables were nearly empty would scan them, and a
     # prepared statement keeps its plan; with scans priced out, the first plan is the right one for good.
     "enable_seqscan": "off",
+    "jit": "off",  # a scan that cannot be avoided looks so dear then that it would be compiled first
 }
 # SQLSTATE classes and codes that speak of the server's state, never of our statement (PostgreSQL, appendix A).
 _UNAVAILABLE_CLASSES = ("08", "53", "57", "58")
@@ -48,13 +49,19 @@ class DatabaseUnavailable(Exception):
     """The database cannot answer now; nothing was committed by this transaction, or nobody knows. Never "not found"."""
 
 
+class PoolExhausted(DatabaseUnavailable):
+    """Every connection is busy, and stayed so for as long as a request waits; the database itself may be well."""
+
+
 class TransactionConflict(DatabaseUnavailable):
     """The transaction lost to another one or its connection died before COMMIT: it left no trace, and may run again."""
 
 
 def _translate(error: Exception, *, committing: bool) -> Exception:
     """Return the error that callers shall see: ours for trouble with the server, the driver's own for a fault in us."""
-    if isinstance(error, PoolTimeout | OSError | TimeoutError):
+    if isinstance(error, PoolTimeout):
+        return PoolExhausted("no connection was free")
+    if isinstance(error, OSError):
         return DatabaseUnavailable(type(error).__name__)
     if isinstance(error, psycopg.Error):
         cause: BaseException | None = error
@@ -154,7 +161,7 @@ class Transaction:
             raise LookupError(f"the database has no lock named {name}")
 
     async def database_time(self) -> datetime:
-        """Return the database's clock; on SQLite that is this machine's own."""
+        """Return PostgreSQL's clock; SQLite has none but this machine's, so nobody asks it."""
         moment: datetime = (await self.execute(select(func.clock_timestamp()))).scalar_one()
         return moment
 
@@ -172,7 +179,8 @@ class Transaction:
         otherwise each of them would fail a request of its own.
         """
         if self._connection is not None and self._driver is not None and self._driver.closed:
-            with contextlib.suppress(DBAPIError):
+            with contextlib.suppress(SQLAlchemyError):
+                await self._connection.rollback()
                 await self._connection.execute(select(1))
         return _translate(error, committing=committing)
 
@@ -228,7 +236,11 @@ class Database:
                 pool_recycle=1800,
                 connect_args={
                     "connect_timeout": 3,
+                    # A server that vanishes without a word is noticed within seconds, also by who waits for its answer.
                     "tcp_user_timeout": 5000,
+                    "keepalives_idle": 5,
+                    "keepalives_interval": 2,
+                    "keepalives_count": 3,
                     "application_name": "identity-service",
                     "options": " ".join(f"-c {name}={value}" for name, value in settings.items()),
                 },

@@ -17,7 +17,7 @@ TOKENS = Counter(
     "identity_tokens_total", "Token requests, by grant, client and outcome.", ["grant", "client", "outcome"]
 )
 REFRESH_VERDICTS = Counter(
-    "identity_refresh_verdicts_total", "Refresh tokens that did not rotate, by verdict.", ["verdict"]
+    "identity_refresh_verdicts_total", "Refresh tokens that were refused, by verdict.", ["verdict"]
 )
 LIMITS_HIT = Counter("identity_limits_hit_total", "Requests refused by a limit.", ["limit"])
 LIMITER_DEGRADED = Gauge("identity_limiter_degraded", "1 while limits are kept in this process because Redis is away.")

@@ -9,7 +9,7 @@ from fastapi.security import OAuth2PasswordBearer
 from pydantic import BaseModel
 
 from identity_service.accounts.users import User, Users
-from identity_service.infra.database import Database
+from identity_service.infra.database import Database, Transaction
 from identity_service.web.asgi import Headers
 from identity_service.web.deps import Bearer, InsufficientScope, Unauthenticated, identifier
 
@@ -37,9 +37,12 @@ def account_router(db: Database, bearer: Bearer, users: Users) -> APIRouter:
         claims = bearer.read(Headers(request.scope["headers"]))
         if "account:read" not in claims.scope:
             raise InsufficientScope("account:read")
-        async with db.transaction() as tx:
+
+        async def look(tx: Transaction) -> User | None:
             await bearer.check_live(tx, claims)
-            user = None if claims.session_id is None else await users.get(tx, identifier(claims.subject))
+            return None if claims.session_id is None else await users.get(tx, identifier(claims.subject))
+
+        user = await db.run(look)
         if user is None:
             raise Unauthenticated("invalid_token", reason="not_a_person")
         return user

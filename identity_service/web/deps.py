@@ -161,11 +161,12 @@ class ClientAuthenticator:
             if until > self._clock.now():
                 raise self._limited(until)
             del self._blocked[pair]
-        async with self._db.transaction() as tx:
-            client = await self._clients.find(tx, credentials.client_id)
+        client = await self._db.run(lambda tx: self._clients.find(tx, credentials.client_id))
         if client is not None and client.enabled:
-            if client.public and credentials.secret is None:
-                return client
+            if client.public:
+                if credentials.secret is None:
+                    return client
+                raise InvalidClient(reason="secret_of_public_client")  # there is nothing to guess, so nothing is booked
             if (
                 not client.public
                 and credentials.secret is not None
@@ -177,7 +178,8 @@ class ClientAuthenticator:
 
     async def _failed(self, pair: tuple[str, str], client: Client | None, origin: Origin) -> None:
         """Book a failure; raises TooManyRequests when there have been too many."""
-        name = client.id if client else self._keys["names"].mac(pair[0].encode("utf-8", "surrogatepass"))[:16].hex()
+        # Ids that somebody makes up share one bucket, or making up more of them would be a way around it.
+        name = client.id if client else "unknown"
         verdict = await self._limiter.spend([Spend(CLIENT_AUTHENTICATION, f"c:{name}:{origin.network}")])
         if isinstance(verdict, Limited):
             until = self._clock.now() + timedelta(seconds=verdict.retry_after)
@@ -185,15 +187,17 @@ class ClientAuthenticator:
                 self._blocked.clear()
             self._blocked[pair] = until
             raise self._limited(until)
-        async with self._db.transaction() as tx:
-            await self._audit.record_failure(
+        hashed = self._keys["names"].mac(pair[0].encode("utf-8", "surrogatepass"))[:16].hex()
+        await self._db.run(
+            lambda tx: self._audit.record_failure(
                 tx,
                 "client.authentication_failed",
                 origin=origin,
-                target=client.id if client else f"name:{name}",
+                target=client.id if client else f"name:{hashed}",
                 client_id=client.id if client else None,
                 detail={},
             )
+        )
 
     def _limited(self, until: datetime) -> TooManyRequests:
         seconds = max(1, -int((self._clock.now() - until).total_seconds() // 1))

@@ -7,7 +7,7 @@ from typing import final
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from identity_service.infra.database import Database, DatabaseUnavailable
+from identity_service.infra.database import Database, DatabaseUnavailable, PoolExhausted
 from identity_service.infra.tables import SCHEMA_REVISION
 from identity_service.oauth.signing_keys import SigningKeys
 from identity_service.web.asgi import JSON, NO_STORE, Receive, Reply, Scope, Send
@@ -53,6 +53,8 @@ class Readiness:
             self._asked_at = now
             try:
                 revision = await self._db.revision()
+            except PoolExhausted:
+                pass  # busy is not away: the last answer stands
             except (DatabaseUnavailable, SQLAlchemyError):
                 self._database = "unreachable"
             else:

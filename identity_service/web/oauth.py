@@ -7,6 +7,7 @@ nothing is said before it is committed.
 
 import asyncio
 import math
+import uuid
 from collections.abc import Sequence
 from typing import final
 
@@ -15,9 +16,9 @@ from pydantic_core import to_json
 from identity_service.accounts.clients import AUTH_METHODS
 from identity_service.accounts.refresh_families import RefreshFamilies, Rejected
 from identity_service.infra.audit import AuditTrail, Origin
-from identity_service.infra.database import Database
+from identity_service.infra.database import Database, Transaction
 from identity_service.infra.runtime import Secret
-from identity_service.infra.telemetry import TOKENS
+from identity_service.infra.telemetry import REFRESH_VERDICTS, TOKENS
 from identity_service.oauth.errors import InvalidGrant, InvalidRequest, Unavailable, UnsupportedTokenType
 from identity_service.oauth.grants.pipeline import Issued, Pipeline, Refusal, TokenRequest
 from identity_service.oauth.signing_keys import Document, SigningKeys
@@ -129,6 +130,8 @@ class TokenEndpoint(FormEndpoint):
             raise
         if isinstance(outcome, Refusal):
             TOKENS.labels(label, client.id, outcome.error.code).inc()
+            if grant_type == "refresh_token":
+                REFRESH_VERDICTS.labels(outcome.error.reason).inc()
             if outcome.uniform:
                 await self._until_uniform(started)
             raise outcome.error
@@ -193,9 +196,10 @@ class RevocationEndpoint(FormEndpoint):
             if text.count(".") == 2:
                 raise UnsupportedTokenType("Access tokens expire; they are not revoked.", reason="access_token")
             return Reply(200, b"", NO_STORE)
-        async with self._db.transaction() as tx:
+
+        async def end(tx: Transaction) -> uuid.UUID | Rejected | None:
             ended = await self._families.revoke(tx, presented, client)
-            if ended is not None and not isinstance(ended, Rejected):
+            if isinstance(ended, uuid.UUID):
                 await self._audit.record(
                     tx,
                     "token.revoked",
@@ -205,6 +209,9 @@ class RevocationEndpoint(FormEndpoint):
                     client_id=client.id,
                     detail={"user": str(ended)},
                 )
+            return ended
+
+        ended = await self._db.run(end)
         if isinstance(ended, Rejected):
             raise InvalidGrant("The token was not issued to this client.", reason=ended.verdict)
         return Reply(200, b"", NO_STORE)

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import json
 import re
 import shutil
@@ -203,7 +204,7 @@ def test_headers_and_urls_have_a_size(target: Target, subtests: pytest.Subtests)
         ("credentials of 64 KB", target.post(b"/token", b"Authorization: Basic " + secret + b"\r\n"), 431),
         ("a query of 20 KB", target.post(b"/token?" + b"a" * 20_000), 414),
         ("a path of 20 KB", target.post(b"/" + b"a" * 20_000), 414),
-        ("a URL of 1 MB", target.post(b"/token?" + b"a" * 1_000_000), 400),
+        ("a URL of 1 MB", target.post(b"/token?" + b"a" * 1_000_000), 431),
     ):
         with subtests.test(what):
             assert status_of(answered) == expected
@@ -346,3 +347,36 @@ def test_the_log_holds_nothing_that_was_sent(target: Target) -> None:
     requests = [line for line in lines if line["event"] == "request"]
     assert {line["route"] for line in requests} >= {"/token", "/revoke", "/v1/users/me", "unmatched"}
     assert all(re.fullmatch(r"[0-9a-f]{16}", line["request_id"]) for line in requests)
+
+
+def _endless(address: tuple[str, int], begin: bytes, piece: bytes, most: int) -> tuple[bytes, int]:
+    """Send `begin` and then `piece` again and again; return what was answered and how much could be sent."""
+    sent, answer = 0, b""
+    with socket.create_connection(address, timeout=10) as connection:
+        try:
+            connection.sendall(begin)
+            while sent < most:
+                connection.sendall(piece)
+                sent += len(piece)
+        except OSError:
+            pass
+        with contextlib.suppress(OSError):
+            answer = connection.recv(4096)
+    return answer, sent
+
+
+@pytest.mark.case("INP-09")
+@pytest.mark.parametrize(
+    "begin",
+    [
+        b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Endless: ",
+        b"GET /",
+        b"POST /token HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX-Trailer: ",
+    ],
+    ids=["header", "url", "trailer"],
+)
+def test_what_never_ends_is_cut_off_before_it_fills_the_memory(target: Target, begin: bytes) -> None:
+    """A connection that sends one endless header, URL or trailer is closed after about a megabyte at most."""
+    answer, sent = _endless(("127.0.0.1", target.server.port), begin, b"a" * 65536, 64 * 1024 * 1024)
+    assert sent < 16 * 1024 * 1024  # what the sockets' buffers took, too
+    assert answer == b"" or answer.startswith((b"HTTP/1.1 431", b"HTTP/1.1 4"))

@@ -8,6 +8,7 @@ from sqlalchemy import update
 
 from identity_service.infra.database import Database
 from identity_service.infra.tables import clients
+from identity_service.settings import UnsafeSettings
 from identity_service.web import forms
 from tests.support.reading import unverified_claims
 from tests.support.refusals import refusal, written
@@ -645,8 +646,10 @@ async def test_the_default_client_stands_in_where_none_is_named(sqlite_url: str)
         refusal(await service.token(Registered("cl_x", "x"), **form), "invalid_client", status=401)
         revoked = await service.http.post("/revoke", data={"token": answer.json()["refresh_token"]})
         refusal(revoked, "invalid_client", status=401)
-    async with running(test_settings(sqlite_url, default_client_id=confidential.id)) as service:
-        refusal(await service.token(None, **form), "invalid_client", status=401)
+    for unfit in (confidential.id, "cl_0000000000000000000000"):
+        with pytest.raises(UnsafeSettings, match="public first-party client"):
+            async with running(test_settings(sqlite_url, default_client_id=unfit)):
+                pass
     async with running(test_settings(sqlite_url)) as service:
         refusal(await service.token(None, **form), "invalid_client", status=401)
 

@@ -149,9 +149,10 @@ class Cli:
         return self.run(*words, "--json", stdin=stdin).json
 
     def events(self) -> list[tuple[str, str | None]]:
-        """Return the audit trail as (event, target), oldest first; all of it was done by `cli`."""
+        """Return what `cli` did as (event, target), oldest first; all else fell due by itself."""
         rows = self.json("audit", "list")
-        assert all(row["actor"] == "cli" and row["network"] is None for row in rows)
+        assert all(row["actor"] in ("cli", "schedule") and row["network"] is None for row in rows)
+        rows = [row for row in rows if row["actor"] == "cli"]
         return [(row["event"], row["target"]) for row in reversed(rows)]
 
 

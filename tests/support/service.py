@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import httpx2
-from sqlalchemy import func, select, update
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.sql import Executable
 
 from identity_service.accounts.clients import NO_AUTHENTICATION, NewClient
@@ -229,4 +229,6 @@ async def prepare_keys(settings: Settings) -> None:
     app = create_app(settings, clock=FrozenClock())
     services: Services = app.state.services
     await load_keys(services)
+    async with services.db.transaction() as tx:
+        await tx.execute(delete(audit_events))  # a test begins with a trail of its own
     await services.close()

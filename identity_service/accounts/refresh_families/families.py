@@ -70,6 +70,8 @@ class Family:
     auth_time: datetime
     amr: tuple[str, ...]
     role: str
+    displaced: int = 0
+    """How many older families gave way to this one as it started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +168,7 @@ class RefreshFamilies:
         if owner is None or not owner.enabled or owner.epoch != client.epoch:
             return None
         idle, absolute = self._lifetimes.of(client)
-        await self._make_room(tx, facts.user_id, client.id, now)
+        displaced = await self._make_room(tx, facts.user_id, client.id, now)
         family_id, nonce, kid = new_id(), os.urandom(NONCE_BYTES), self._tokens.newest_kid
         await tx.execute(
             insert(refresh_families).values(
@@ -189,7 +191,7 @@ class RefreshFamilies:
             )
         )
         token = self._tokens.write(family_id, 0, nonce, kid)
-        return Family(family_id, facts.user_id, token, scope, audiences, now, tuple(amr), user.role)
+        return Family(family_id, facts.user_id, token, scope, audiences, now, tuple(amr), user.role, displaced)
 
     async def rotate(
         self, tx: Transaction, presented: Secret, client: Client, *, retry_key: Secret | None
@@ -300,7 +302,7 @@ class RefreshFamilies:
         deleted = await tx.execute(delete(refresh_families).where(refresh_families.c.id.in_(doomed.scalar_subquery())))
         return deleted.rowcount
 
-    async def _make_room(self, tx: Transaction, user_id: uuid.UUID, client_id: str, now: datetime) -> None:
+    async def _make_room(self, tx: Transaction, user_id: uuid.UUID, client_id: str, now: datetime) -> int:
         """
         Keep a user from collecting families at one client: the least recently used live one gives way.
 
@@ -324,6 +326,7 @@ class RefreshFamilies:
         dead = [row.id for row in rows if row.id not in keep]
         if buried := dead[_KEPT_FAMILIES - MOST_FAMILIES :]:
             await tx.execute(delete(refresh_families).where(c.id.in_(buried)))
+        return len(surplus)
 
     async def _revoke(self, tx: Transaction, family_ids: Sequence[uuid.UUID], reason: str) -> None:
         await tx.execute(

@@ -237,7 +237,12 @@ class FallbackLimiter:
             return answer
         strict = [replace(spend, rule=_stricter(spend.rule)) for spend in spends if spend.rule.credential]
         counted = await self._memory.spend(strict)
-        return counted if answer is None or self._monotonic() < self._strict_until else answer
+        if answer is None:
+            return counted
+        if isinstance(counted, Limited) and self._monotonic() < self._strict_until:
+            await self._ask(lambda: self._primary.settle(refund=spends))  # a refused try counts for nothing
+            return counted
+        return answer
 
     async def settle(
         self, *, refund: Spends = (), reset: Spends = (), mark: Sequence[str] = (), mark_for: float = 0

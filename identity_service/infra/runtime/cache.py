@@ -15,7 +15,7 @@ CACHE_AGE = timedelta(seconds=1)
 
 @final
 class RowCache(Generic[Key, Value]):
-    """Remembers what a loader answered, for at most `CACHE_AGE`; full, it starts anew."""
+    """Remembers what a loader answered, for at most `CACHE_AGE`; full, it lets go of the oldest key."""
 
     def __init__(self, clock: Clock, *, capacity: int = 10_000) -> None:
         self._clock = clock
@@ -30,7 +30,7 @@ class RowCache(Generic[Key, Value]):
             return held[1]
         value = await load()
         if len(self._rows) >= self._capacity:
-            self._rows.clear()
+            self._rows.pop(next(iter(self._rows)))
         self._rows[key] = (now, value)
         return value
 

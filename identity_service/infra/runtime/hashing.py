@@ -7,6 +7,8 @@ to come back.
 """
 
 import asyncio
+import contextlib
+import ctypes
 import os
 import re
 import sys
@@ -25,6 +27,8 @@ from identity_service.infra.runtime.secret import Secret
 log = structlog.get_logger(__name__)
 
 Answer = TypeVar("Answer")
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
 
 RAW_FORM = 0
 """The password was hashed exactly as typed: an imported hash that was never renewed."""
@@ -104,6 +108,7 @@ class PasswordHasher:
         self._pending = 0
         self._guard = threading.Lock()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="password", initializer=_lowest_priority)
+        _give_memory_back()
         self._decoy = self._context.hash("no password hashes to this one")
 
     @property
@@ -188,3 +193,14 @@ def _lowest_priority() -> None:
     """Run this thread at nice 19, so that signatures and health checks go first. Only Linux has it per thread."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
+def _give_memory_back() -> None:
+    """
+    Let the memory of each hash return to the system when it is done.
+
+    The C library learns from the first large block it frees, and then keeps blocks of that size for later: tens of
+    megabytes a process. Where it is not glibc there is nothing to tell.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1024 * 1024)

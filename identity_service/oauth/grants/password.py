@@ -107,6 +107,7 @@ class Password(Grant[PasswordEvidence]):
             actor=str(family.user_id),
             target=str(family.id),
             client_id=request.client.id,
+            detail={"displaced": family.displaced, "hash_renewed": verification.renewed is not None},
         )
         return Proof(
             subject=str(family.user_id),

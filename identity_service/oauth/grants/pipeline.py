@@ -63,7 +63,6 @@ class Proof:
     user: UserClaims | None = None
     refresh_token: Secret | None = None
     headers: tuple[tuple[bytes, bytes], ...] = ()
-    outcome: str = "issued"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +86,6 @@ class Issued:
     scope: ScopeList
     refresh_token: Secret | None
     headers: tuple[tuple[bytes, bytes], ...]
-    outcome: str
 
 
 Evidence = TypeVar("Evidence")
@@ -243,7 +241,7 @@ class Pipeline:
         token = self._tokens.issue(
             request.client, subject=proof.subject, scope=scope, audience=audience, user=proof.user
         )
-        return Issued(token.text, token.expires_in, scope, proof.refresh_token, proof.headers, proof.outcome)
+        return Issued(token.text, token.expires_in, scope, proof.refresh_token, proof.headers)
 
     async def settled(self, request: TokenRequest, evidence: object) -> None:
         """Tell the grant that its success was committed."""

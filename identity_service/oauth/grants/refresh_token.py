@@ -5,7 +5,6 @@ from typing import final
 from identity_service.accounts.refresh_families import RefreshFamilies, Rejected, Verdict
 from identity_service.infra.audit import AuditTrail
 from identity_service.infra.database import Transaction
-from identity_service.infra.telemetry import REFRESH_VERDICTS
 from identity_service.oauth.errors import InvalidGrant, InvalidRequest, OAuthError
 from identity_service.oauth.grants.pipeline import Proof, Refusal, SimpleGrant, TokenRequest
 from identity_service.oauth.tokens import UserClaims
@@ -31,7 +30,6 @@ class RefreshToken(SimpleGrant):
         presented = request.secret("refresh_token")
         outcome = await self._families.rotate(tx, presented, request.client, retry_key=request.retry_key)
         if isinstance(outcome, Rejected):
-            REFRESH_VERDICTS.labels(outcome.verdict).inc()
             if outcome.ended:
                 await self._audit.record(
                     tx,

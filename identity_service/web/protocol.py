@@ -1,0 +1,72 @@
+"""
+What one connection may make the server hold: bounds on the HTTP parser, before there is a request to refuse.
+
+The parser collects a URL, a header or a trailer until it is complete, however long that takes and however large it
+grows. Both are bounded here; what is complete is judged by the edge.
+"""
+
+import asyncio
+from typing import ClassVar, final
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+_TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+_TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+
+
+@final
+class BoundedProtocol(HttpToolsProtocol):
+    """Ends a connection whose request head is too large or too slow, or whose request as a whole is too large."""
+
+    largest_head: ClassVar[int] = 64 * 1024
+    """Bytes before the headers are complete."""
+    largest_message: ClassVar[int] = 1024 * 1024
+    """Bytes of one request with everything; no endpoint reads a sixteenth of it."""
+    head_deadline: ClassVar[float] = 10.0
+    """Seconds from the opening of the connection, or the first byte of a further request, to complete headers."""
+
+    _received = 0
+    _in_head = True
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as its parent has it
+        """Start the clock for the first head."""
+        super().connection_made(transport)
+        self._deadline = self.loop.call_later(self.head_deadline, self._end, _TOO_SLOW)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the clock."""
+        self._stop_clock()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Count and parse; a head that is complete in its first piece, as nearly all are, never starts the clock."""
+        self._received += len(data)
+        super().data_received(data)
+        if self._received > (self.largest_head if self._in_head else self.largest_message):
+            self._end(_TOO_LARGE)
+        elif self._in_head and self._received and self._deadline is None:
+            self._deadline = self.loop.call_later(self.head_deadline, self._end, _TOO_SLOW)
+
+    def on_headers_complete(self) -> None:
+        """Stop the clock; the edge's own deadline holds for the body."""
+        self._in_head = False
+        self._stop_clock()
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """Begin to count the next request."""
+        self._in_head, self._received = True, 0
+        super().on_message_complete()
+
+    def _end(self, answer: bytes) -> None:
+        self._stop_clock()
+        if not self.transport.is_closing():
+            if self._in_head:  # with a request in progress its own answer may be half written
+                self.transport.write(answer)
+            self.transport.close()
+
+    def _stop_clock(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
