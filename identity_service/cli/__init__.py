@@ -56,4 +56,4 @@ def main() -> None:
 def _reason(error: DatabaseUnavailable) -> str:
     """Return the driver's own first line, which names the host and never the password, or our word for it."""
     cause = getattr(error.__cause__, "orig", error.__cause__)
-    return str(cause).strip().partition("\n")[0] or str(error)
+    return str(cause or error).strip().partition("\n")[0]

@@ -57,7 +57,7 @@ def bring_up_to_date(settings: Settings) -> None:
     try:
         migrate_database(settings.database)
     except OperationalError as error:
-        raise DatabaseUnavailable(getattr(error.orig, "sqlstate", None) or type(error.orig).__name__) from None
+        raise DatabaseUnavailable(getattr(error.orig, "sqlstate", None) or type(error.orig).__name__) from error
 
 
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -115,7 +115,7 @@ def run_server(settings: Settings, *, when_ready: Callable[[], None] = lambda: N
         _Server(config, when_ready).run()
     except SystemExit:
         if refusals:
-            raise refusals[0] from None
+            raise refusals[0] from refusals[0].__cause__
         raise
 
 

@@ -341,3 +341,25 @@ async def test_a_client_that_knows_its_secret_costs_the_limiter_nothing(
     for _ in range(CLIENT_FAILURES * 2):
         answer = await embedded.token(client, grant_type="client_credentials")
         assert unverified_claims(answer.json()["access_token"])["sub"] == client.id
+
+
+@pytest.mark.case("CLI-10")
+async def test_ids_that_somebody_makes_up_share_their_failures(embedded: Service) -> None:
+    """Another invented id for each try is no way around the limit, and takes no room from anybody."""
+    answers = [
+        await embedded.token(Registered(f"cl_{number:022d}", "x"), grant_type="client_credentials")
+        for number in range(CLIENT_FAILURES + 3)
+    ]
+    assert [answer.status_code for answer in answers] == [401] * CLIENT_FAILURES + [429] * 3
+    client = await embedded.a_client()
+    assert (await embedded.token(client, grant_type="client_credentials")).status_code == 200
+
+
+async def test_secrets_sent_for_a_public_client_block_nobody(embedded: Service) -> None:
+    """There is nothing to guess, so who sends them cannot keep its users from refreshing."""
+    client, user = await embedded.a_client(public=True), await embedded.a_user()
+    token = (await embedded.sign_in(client, user))["refresh_token"]
+    for _ in range(CLIENT_FAILURES + 3):
+        answer = await embedded.token(Registered(client.id, "x"), grant_type="refresh_token", refresh_token=token)
+        assert answer.status_code == 401
+    assert (await embedded.refresh(client, token)).status_code == 200

@@ -503,8 +503,8 @@ def test_a_database_that_is_away_is_told_so(on_postgres: Cli, words: tuple[str, 
     nobody_there = f"postgresql+psycopg://identity:{PASSWORD}@127.0.0.1:1/identity"
     done = on_postgres.run(*words, IDENTITY_DATABASE_URL=nobody_there)
     assert done.code == 1
-    assert "the database cannot be reached" in done.err
-    assert len(done.err.splitlines()) == 1
+    assert "the database cannot be reached: connection failed" in done.err
+    assert len(done.err.splitlines()) == 2
 
 
 def test_a_data_directory_that_is_none_is_told_so(bare: Cli, tmp_path: Path) -> None:
