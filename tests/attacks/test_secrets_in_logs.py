@@ -214,9 +214,9 @@ def fail(password):
 configure_logging(as_json=sys.argv[1] == "json")
 log = structlog.get_logger()
 try:
-    fail("-".join(("Kanarienvogel", "lokal")))
+    fail(sys.argv[2])  # not spelled here: a traceback may show the lines of a program
 except RuntimeError as error:
-    log.error("failed", exc_info=error, token="Kanarienvogel-benannt", authorization="Basic Kanarienvogel")
+    log.error("failed", exc_info=error, token=sys.argv[2], authorization="Basic " + sys.argv[2])
 """
 
 
@@ -224,10 +224,11 @@ except RuntimeError as error:
 @pytest.mark.parametrize("form", ["json", "text"])
 def test_a_traceback_shows_no_variables_and_a_field_named_like_a_secret_no_value(form: str) -> None:
     """In neither form of the log; libraries like to print the values of local variables."""
-    done = subprocess.run([sys.executable, "-c", TRACEBACK, form], capture_output=True, text=True, check=True)
+    words = [sys.executable, "-c", TRACEBACK, form, "Kanarienvogel"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert "planted" in done.stdout
     assert "[redacted]" in done.stdout
-    assert "Kanarienvogel" not in done.stdout + done.stderr.replace(TRACEBACK, "")
+    assert "Kanarienvogel" not in done.stdout + done.stderr
 
 
 @pytest.mark.case("SEC-01")
