@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 import structlog
 from prometheus_client import Counter, Gauge, start_http_server
+from pydantic_core import PydanticSerializationError, to_json
 
 TOKENS = Counter(
     "identity_tokens_total", "Token requests, by grant, client and outcome.", ["grant", "client", "outcome"]
@@ -36,12 +37,16 @@ def _redact(_logger: object, _method: str, event: MutableMapping[str, Any]) -> M
     return event
 
 
-# Made once: asked for an encoder with options, the standard library builds a new one for every line.
 _ENCODER = json.JSONEncoder(default=repr, separators=(",", ":"))
 
 
 def _to_json(event: Mapping[str, Any], **_options: object) -> str:
-    return _ENCODER.encode(event)
+    """Return one line of ASCII; the quick way for the usual line, the thorough one for what it cannot spell."""
+    try:
+        line = to_json(event, fallback=repr)
+    except PydanticSerializationError:
+        return _ENCODER.encode(event)
+    return line.decode("ascii") if line.isascii() else _ENCODER.encode(event)
 
 
 def configure_logging(*, level: str = "INFO", as_json: bool = True, stream: TextIO | None = None) -> None:

@@ -907,3 +907,21 @@ async def test_a_newer_data_key_signs_and_the_older_ones_are_still_known(replica
     assert set(second.data_keys["refresh"].kids) == {old_kid, "newer"}
     with pytest.raises(KeyError):
         second.data_keys["refresh"].mac(b"x", kid="unheard-of")
+
+
+@pytest.mark.case("JWT-26")
+async def test_a_key_steps_in_for_one_that_cannot_be_loaded_only_while_its_tokens_can_be_checked(
+    replicas: Start,
+) -> None:
+    """Soon a retiring key would leave the JWKS before its tokens expire; then the next one signs."""
+    clock = FrozenClock()
+    first = await replicas(clock)
+    keys = await three_keys(first, clock)
+    damaged = update(signing_keys).where(signing_keys.c.kid == keys[KeyState.ACTIVE].kid).values(wrapped=b"damaged")
+    await first.db.run(lambda tx: tx.execute(damaged))
+    newcomer = await replicas(clock)
+    assert signing_kid(newcomer) == keys[KeyState.RETIRING].kid
+    clock.advance(20 * 60)
+    await step_keys(newcomer)
+    assert signing_kid(newcomer) == keys[KeyState.NEXT].kid
+    assert keys[KeyState.NEXT].kid in jwks_kids(first)

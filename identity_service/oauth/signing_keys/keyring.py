@@ -51,7 +51,7 @@ class SigningKeys:
 
         Costs one RSA signature (about 200 µs for 2048 bits). Raises NoUsableKey when there is none.
         """
-        record = signer(self._usable(), self._clock.now())
+        record = self._signer()
         if record is None:
             raise NoUsableKey
         header = self._headers.get((record.kid, typ))
@@ -84,7 +84,7 @@ class SigningKeys:
     @property
     def ready(self) -> bool:
         """Whether a token can be signed now."""
-        return signer(self._usable(), self._clock.now()) is not None
+        return self._signer() is not None
 
     @property
     def records(self) -> tuple[KeyRecord, ...]:
@@ -217,6 +217,20 @@ class SigningKeys:
         return [(record, state(record, records, self._clock.now())) for record in records]
 
     # -- rows and material ----------------------------------------------------------------------------------------
+
+    def _signer(self) -> KeyRecord | None:
+        """
+        Return the key that signs now, by the whole schedule.
+
+        Where this replica cannot load that one, another published key steps in, as long as it stays published for the
+        life of any token it signs now; after that it is better to say that there is none.
+        """
+        now = self._clock.now()
+        due = signer(self._records, now)
+        if due is None or due.kid in self._loaded:
+            return due
+        lasting = now + self._policy.token + self._policy.leeway
+        return signer([key for key in self._usable() if key.removed_at is None or key.removed_at >= lasting], now)
 
     def _usable(self) -> list[KeyRecord]:
         return [record for record in self._records if record.kid in self._loaded]
