@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
+from fastapi import FastAPI
 
 from identity_service.accounts.access import Access
 from identity_service.accounts.clients import Clients
@@ -40,10 +38,10 @@ from identity_service.oauth.signing_keys import KeyPolicy, NewKey, Plan, Signing
 from identity_service.oauth.tokens import Tokens
 from identity_service.settings import Settings, UnsafeSettings
 from identity_service.web.account import account_router
-from identity_service.web.asgi import Receive, Reply, Scope, Send
-from identity_service.web.deps import Bearer, ClientAuthenticator, InsufficientScope, Unauthenticated
+from identity_service.web.asgi import Receive, Scope, Send
+from identity_service.web.deps import Bearer, ClientAuthenticator
 from identity_service.web.edge import Edge, Endpoint, Guard
-from identity_service.web.errors import problem, problem_of
+from identity_service.web.error_pages import install_error_pages
 from identity_service.web.health import Liveness, Readiness
 from identity_service.web.oauth import JwksEndpoint, MetadataEndpoint, RevocationEndpoint, TokenEndpoint
 
@@ -326,7 +324,7 @@ def create_app(settings: Settings, *, clock: Clock | None = None) -> FastAPI:
         services.signing_keys, services.clients, services.families, services.clock, issuer=settings.public_issuer
     )
     app.include_router(account_router(services.db, bearer, services.users))
-    _install_error_pages(app)
+    install_error_pages(app)
     app.add_middleware(Guard)
     app.edge = Edge(
         app.framework,
@@ -364,39 +362,3 @@ def _endpoints(services: Services) -> dict[str, Endpoint]:
         "/healthz": Liveness(),
         "/readyz": Readiness(services.db, services.signing_keys),
     }
-
-
-def _install_error_pages(app: FastAPI) -> None:
-    """Answer every error of the JSON API as a problem (RFC 9457); the framework's own echo what was sent."""
-
-    def respond(reply: Reply) -> Response:
-        return Response(reply.body, reply.status, {key.decode(): value.decode() for key, value in reply.headers})
-
-    @app.exception_handler(Unauthenticated)
-    async def unauthenticated(request: Request, error: Unauthenticated) -> Response:
-        request.scope["state"]["reason"] = error.reason
-        challenge = f'Bearer error="{error.code}"' if error.code else "Bearer"
-        return respond(
-            problem(401, "A valid access token is needed.", headers=[(b"www-authenticate", challenge.encode())])
-        )
-
-    @app.exception_handler(InsufficientScope)
-    async def insufficient(request: Request, error: InsufficientScope) -> Response:
-        challenge = f'Bearer error="insufficient_scope", scope="{error.scope}"'
-        return respond(
-            problem(403, "The access token may not do this.", headers=[(b"www-authenticate", challenge.encode())])
-        )
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return respond(problem(422, "The request is not valid."))
-
-    @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> Response:
-        headers = [(key.lower().encode(), value.encode()) for key, value in (error.headers or {}).items()]
-        return respond(problem(error.status_code, error.detail, headers=headers))
-
-    @app.exception_handler(DatabaseUnavailable)
-    async def unavailable(request: Request, error: DatabaseUnavailable) -> Response:
-        request.scope["state"]["reason"] = "database_unavailable"
-        return respond(problem_of(error))

@@ -124,19 +124,17 @@ Serving at {base}   (interactive documentation: {base}/docs)
   user {demo.username}, password {demo.password}, client {demo.client_id}
 
 Sign in:
-  curl -s {base}/token -d grant_type=password -d client_id={demo.client_id} \\
-    -d username={demo.username} -d password={demo.password} | tee /tmp/tokens.json
+  TOKENS=$(curl -s {base}/token -d grant_type=password -d client_id={demo.client_id} \\
+    -d username={demo.username} -d password={demo.password}); echo "$TOKENS"
+  field() {{ echo "$TOKENS" | python3 -c "import json, sys; print(json.load(sys.stdin)['$1'])"; }}
 
 Who am I:
-  curl -s {base}/v1/users/me -H "Authorization: Bearer $(python3 -c \\
-    'import json; print(json.load(open("/tmp/tokens.json"))["access_token"])')"
+  curl -s {base}/v1/users/me -H "Authorization: Bearer $(field access_token)"; echo
 
 Refresh (each refresh token works once; using one twice ends the session):
-  curl -s {base}/token -d grant_type=refresh_token -d client_id={demo.client_id} \\
-    -d refresh_token=$(python3 -c \\
-    'import json; print(json.load(open("/tmp/tokens.json"))["refresh_token"])') | tee /tmp/tokens.new.json \\
-    && mv /tmp/tokens.new.json /tmp/tokens.json
+  TOKENS=$(curl -s {base}/token -d grant_type=refresh_token -d client_id={demo.client_id} \\
+    -d refresh_token=$(field refresh_token)); echo "$TOKENS"
 
 The keys that siblings verify with:
-  curl -s {base}/.well-known/jwks.json
+  curl -s {base}/.well-known/jwks.json; echo
 """

@@ -8,6 +8,7 @@ nothing is said before it is committed.
 import asyncio
 import math
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import final
 
@@ -45,7 +46,7 @@ def _retry_key(headers: Headers) -> Secret | None:
     return Secret(key)
 
 
-class FormEndpoint:
+class FormEndpoint(ABC):
     """What the endpoints for clients share: POST only, a strict form, an authenticated client, OAuth errors."""
 
     methods: Sequence[str] = ("POST",)
@@ -79,9 +80,9 @@ class FormEndpoint:
             reply = oauth_reply(error, basic_was_used=basic_was_used(headers))
         await reply.send(send)
 
+    @abstractmethod
     async def answer(self, headers: Headers, form: Form, origin: Origin, scope: Scope) -> Reply:
         """Return the answer to a parsed request."""
-        raise NotImplementedError
 
 
 @final
@@ -217,7 +218,7 @@ class RevocationEndpoint(FormEndpoint):
         return Reply(200, b"", NO_STORE)
 
 
-class DocumentEndpoint:
+class DocumentEndpoint(ABC):
     """A public document: prebuilt bytes, a strong entity tag, 304 (RFC 9110 §13.1.2). Asks no database."""
 
     methods: Sequence[str] = ("GET", "HEAD")
@@ -226,9 +227,9 @@ class DocumentEndpoint:
     def __init__(self, cache_control: bytes) -> None:
         self._cache_control = cache_control
 
+    @abstractmethod
     def document(self) -> Document:
         """Return the document as it is now."""
-        raise NotImplementedError
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -654,7 +655,7 @@ def test_dev_prints_for_people_what_they_can_paste(tmp_path: Path, forge: Forge)
         for path in ("/token", "/v1/users/me", "/.well-known/jwks.json"):
             assert f"curl -s {base}{path}" in text
         assert "grant_type=refresh_token" in text
-        form = dict(word.split("=", 1) for word in text.split("Who am I")[0].split() if word.count("=") == 1)
+        form = dict(re.findall(r"-d ([a-z_]+)=([^\s;)]+)", text.split("Who am I")[0]))
         assert form["grant_type"] == "password"
         assert server.http.post("/token", data=form).status_code == 200
         assert server.stop() < 3
