@@ -42,6 +42,7 @@ from identity_service.web.asgi import Receive, Scope, Send
 from identity_service.web.deps import Bearer, ClientAuthenticator
 from identity_service.web.edge import Edge, Endpoint, Guard
 from identity_service.web.error_pages import install_error_pages
+from identity_service.web.forms import LARGEST_BODY
 from identity_service.web.health import Liveness, Readiness
 from identity_service.web.oauth import JwksEndpoint, MetadataEndpoint, RevocationEndpoint, TokenEndpoint
 
@@ -317,7 +318,8 @@ def create_app(settings: Settings, *, clock: Clock | None = None) -> FastAPI:
         docs_url="/docs" if docs else None,
         redoc_url=None,
         openapi_url="/openapi.json" if docs else None,
-        telemetry={"tracing": False},
+        telemetry={"tracing": False},  # it would export query strings
+        max_body_size=LARGEST_BODY,
     )
     app.state.services = services
     bearer = Bearer(

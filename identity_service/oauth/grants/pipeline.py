@@ -26,11 +26,8 @@ from identity_service.oauth.errors import (
 )
 from identity_service.oauth.tokens import Tokens, UserClaims
 
-NEVER_BY_DEFAULT = frozenset(("openid", "offline_access"))
-"""Scopes that a client gets only when it asks for them by name."""
-
 _UNSUPPORTED_SCOPES = frozenset(("openid", "offline_access"))
-"""Scopes of OpenID Connect, which this version does not speak."""
+"""Scopes of OpenID Connect, which this version does not speak: refused when asked for, and in nobody's default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +134,7 @@ class SimpleGrant(Grant[None]):
 def asked_scope(request: TokenRequest, allowed: ScopeList) -> ScopeList:
     """Return the scope that was asked for, or everything by default; raises InvalidScope for more than is allowed."""
     if request.scope is None:
-        return tuple(scope for scope in allowed if scope not in NEVER_BY_DEFAULT)
+        return tuple(scope for scope in allowed if scope not in _UNSUPPORTED_SCOPES)
     if not set(request.scope) <= set(allowed):
         raise InvalidScope("The scope is more than may be asked for.", reason="scope_not_allowed")
     return request.scope
