@@ -53,13 +53,12 @@ class SignInThrottle:
 
     def name_hash(self, name: str) -> str:
         """
-        Return the keyed hash of a name: people type passwords into the name field.
+        Return the keyed hash of a name.
 
         Spellings of one name have one hash, or each would be another set of guesses. A username and its address stay
         two names, with a budget each: limits they shared would tell that they belong together.
         """
-        known_as = canonical_email(name) or canonical_username(name) or name
-        return self._keys["names"].mac(known_as.encode("utf-8", "surrogatepass"))[:16].hex()
+        return self._keys.hash_name(canonical_email(name) or canonical_username(name) or name)
 
     async def book(self, name: str, network: str) -> Attempt | Limited:
         """Book an attempt, or say how long to wait."""

@@ -22,7 +22,7 @@ from identity_service.infra.migrate import migrate as migrate_database
 from identity_service.infra.runtime.envelope import MasterKeyError
 from identity_service.main import create_app
 from identity_service.settings import Settings, UnsafeSettings
-from identity_service.web.asgi import Receive, Scope, Send
+from identity_service.web.asgi import AsgiApp, Receive, Scope, Send
 from identity_service.web.protocol import BoundedProtocol
 
 log = structlog.get_logger(__name__)
@@ -60,7 +60,6 @@ def bring_up_to_date(settings: Settings) -> None:
         raise DatabaseUnavailable(getattr(error.orig, "sqlstate", None) or type(error.orig).__name__) from error
 
 
-Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 _REFUSALS = (UnsafeSettings, MasterKeyError, DatabaseUnavailable)
 
 
@@ -119,7 +118,7 @@ def run_server(settings: Settings, *, when_ready: Callable[[], None] = lambda: N
         raise
 
 
-def _telling_refusals(app: Application, refusals: list[Exception]) -> Application:
+def _telling_refusals(app: AsgiApp, refusals: list[Exception]) -> AsgiApp:
     """Return the application; why it refused to start goes to `refusals` and not, as a traceback, to the log."""
 
     async def lifespan(scope: Scope, receive: Receive, send: Send) -> None:

@@ -55,6 +55,10 @@ class DataKeys:
     def __getitem__(self, purpose: str) -> DataKey:
         return self._by_purpose[purpose]
 
+    def hash_name(self, name: str) -> str:
+        """Return the keyed hash that stands for a name wherever one is kept: people type passwords into name fields."""
+        return self["names"].mac(name.encode("utf-8", "surrogatepass"))[:16].hex()
+
     @staticmethod
     def _context(purpose: str, kid: str) -> str:
         return f"{purpose}|{kid}"
@@ -86,9 +90,7 @@ class DataKeys:
         rows = [row for row in await self._rows(tx) if row.kek_id != self._master.first_id]
         for row in rows:
             context = self._context(row.purpose, row.kid)
-            renewed = self._master.wrap(
-                self._master.unwrap(Wrapped(row.kek_id, row.wrapped), context=context), context=context
-            )
+            renewed = self._master.rewrap(Wrapped(row.kek_id, row.wrapped), context=context)
             await tx.execute(
                 update(data_keys)
                 .where(data_keys.c.purpose == row.purpose, data_keys.c.kid == row.kid)

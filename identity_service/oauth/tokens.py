@@ -1,6 +1,5 @@
 """The life of an access token (RFC 9068): what it says, and how it is issued."""
 
-import base64
 import random
 import secrets
 from collections.abc import Sequence
@@ -65,7 +64,7 @@ class Tokens:
             "client_id": client.id,
             "iat": issued_at,
             "exp": issued_at + lifetime,
-            "jti": base64.urlsafe_b64encode(secrets.token_bytes(_JTI_BYTES)).rstrip(b"=").decode("ascii"),
+            "jti": secrets.token_urlsafe(_JTI_BYTES),
             "scope": " ".join(scope),
         }
         if user is not None:

@@ -187,13 +187,12 @@ class ClientAuthenticator:
                 self._blocked.clear()
             self._blocked[pair] = until
             raise self._limited(until)
-        hashed = self._keys["names"].mac(pair[0].encode("utf-8", "surrogatepass"))[:16].hex()
         await self._db.run(
             lambda tx: self._audit.record_failure(
                 tx,
                 "client.authentication_failed",
                 origin=origin,
-                target=client.id if client else f"name:{hashed}",
+                target=client.id if client else f"name:{self._keys.hash_name(pair[0])}",
                 client_id=client.id if client else None,
                 detail={},
             )

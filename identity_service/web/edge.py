@@ -8,12 +8,12 @@ The protocol's endpoints are answered right here, by exact path; everything else
 import os
 import re
 import time
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any, Protocol, final
 
 import structlog
 
-from identity_service.web.asgi import JSON, NO_STORE, Headers, Receive, Reply, Scope, Send
+from identity_service.web.asgi import JSON, NO_STORE, AsgiApp, Headers, Receive, Reply, Scope, Send
 from identity_service.web.errors import problem, problem_of
 
 log = structlog.get_logger("identity_service.access")
@@ -31,9 +31,6 @@ _ALWAYS = (
 )
 _LOCKED_DOWN = (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'")
 _HSTS = (b"strict-transport-security", b"max-age=31536000; includeSubDomains")
-
-
-Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class Endpoint(Protocol):
@@ -54,7 +51,7 @@ class Edge:
 
     def __init__(
         self,
-        app: Application,
+        app: AsgiApp,
         *,
         endpoints: dict[str, Endpoint],
         allowed_hosts: Sequence[str],
@@ -78,9 +75,8 @@ class Edge:
             return
         started = time.perf_counter_ns()
         request_id = os.urandom(8).hex()
-        state: dict[str, Any] = {"request_id": request_id}
-        scope["state"] = {**scope.get("state", {}), **state} if "state" in scope else state
-        state = scope["state"]
+        state: dict[str, Any] = {**scope.get("state", {}), "request_id": request_id}
+        scope["state"] = state
         status = 0
 
         async def sending(message: MutableMapping[str, Any]) -> None:
@@ -157,7 +153,7 @@ class Guard:
     What has begun to answer when it fails is cut off by the server; there is no other honest end to it.
     """
 
-    def __init__(self, app: Application) -> None:
+    def __init__(self, app: AsgiApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -99,3 +99,7 @@ class MasterKeys:
             return cipher.decrypt(wrapped.blob[:_NONCE_BYTES], wrapped.blob[_NONCE_BYTES:], bound)
         except (InvalidTag, ValueError):  # the latter for a nonce cut short
             raise MasterKeyError(f"a row wrapped by master key {wrapped.kek_id} was altered or swapped") from None
+
+    def rewrap(self, wrapped: Wrapped, *, context: str) -> Wrapped:
+        """Wrap anew, with the first master key, what any of ours had wrapped; raises as `unwrap` does."""
+        return self.wrap(self.unwrap(wrapped, context=context), context=context)

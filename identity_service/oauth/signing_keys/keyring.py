@@ -1,8 +1,6 @@
 """The keys of one process, and the steps of the schedule that all replicas share."""
 
 import asyncio
-import base64
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -19,7 +17,15 @@ from identity_service.infra.database import Transaction
 from identity_service.infra.runtime import Clock
 from identity_service.infra.runtime.envelope import MasterKeyError, MasterKeys, Wrapped
 from identity_service.infra.tables import signing_keys
-from identity_service.oauth.signing_keys.material import ALGORITHM, Document, LoadedKey, NewKey, generate, public_jwk
+from identity_service.oauth.signing_keys.material import (
+    ALGORITHM,
+    Document,
+    LoadedKey,
+    NewKey,
+    b64url,
+    generate,
+    public_jwk,
+)
 from identity_service.oauth.signing_keys.schedule import KeyPolicy, KeyRecord, KeyState, Plan, plan, signer, state
 
 log = structlog.get_logger(__name__)
@@ -57,12 +63,11 @@ class SigningKeys:
         header = self._headers.get((record.kid, typ))
         if header is None:
             fields = {"alg": ALGORITHM, "typ": typ, "kid": record.kid}
-            header = base64.urlsafe_b64encode(json.dumps(fields, separators=(",", ":")).encode("ascii")).rstrip(b"=")
+            header = b64url(to_json(fields))
             self._headers[(record.kid, typ)] = header
-        payload = to_json(claims)
-        signed = header + b"." + base64.urlsafe_b64encode(payload).rstrip(b"=")
+        signed = header + b"." + b64url(to_json(claims))
         signature = self._loaded[record.kid].private.sign(signed, padding.PKCS1v15(), hashes.SHA256())
-        return (signed + b"." + base64.urlsafe_b64encode(signature).rstrip(b"=")).decode("ascii")
+        return (signed + b"." + b64url(signature)).decode("ascii")
 
     def public_key(self, kid: str) -> rsa.RSAPublicKey | None:
         """Return the published key of that id, or None: retired and compromised keys verify nothing here."""
@@ -201,8 +206,7 @@ class SigningKeys:
         rows = (await tx.execute(select(signing_keys).where(signing_keys.c.kek_id != self._master.first_id))).all()
         for row in rows:
             context = self._context(row.kid)
-            plain = self._master.unwrap(Wrapped(row.kek_id, row.wrapped), context=context)
-            renewed = self._master.wrap(plain, context=context)
+            renewed = self._master.rewrap(Wrapped(row.kek_id, row.wrapped), context=context)
             await tx.execute(
                 update(signing_keys)
                 .where(signing_keys.c.kid == row.kid)

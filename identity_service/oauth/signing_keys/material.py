@@ -21,17 +21,22 @@ class NewKey:
     der: bytes
 
 
-def _b64(raw: bytes) -> str:
-    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode("ascii")
+def b64url(raw: bytes) -> bytes:
+    """Return the base64url spelling without padding (RFC 7515 §2)."""
+    return base64.urlsafe_b64encode(raw).rstrip(b"=")
+
+
+def _number(value: int) -> str:
+    return b64url(value.to_bytes((value.bit_length() + 7) // 8, "big")).decode("ascii")
 
 
 def public_jwk(public: rsa.RSAPublicKey) -> dict[str, str]:
     """Return the public members (RFC 7518 §6.3.1) with the RFC 7638 thumbprint as `kid`."""
     numbers = public.public_numbers()
-    n = _b64(numbers.n.to_bytes((numbers.n.bit_length() + 7) // 8, "big"))
-    e = _b64(numbers.e.to_bytes((numbers.e.bit_length() + 7) // 8, "big"))
+    n = _number(numbers.n)
+    e = _number(numbers.e)
     canonical = json.dumps({"e": e, "kty": "RSA", "n": n}, separators=(",", ":"), sort_keys=True)
-    kid = _b64(hashlib.sha256(canonical.encode("ascii")).digest())
+    kid = b64url(hashlib.sha256(canonical.encode("ascii")).digest()).decode("ascii")
     return {"kty": "RSA", "use": "sig", "alg": ALGORITHM, "kid": kid, "n": n, "e": e}
 
 
