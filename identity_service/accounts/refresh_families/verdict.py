@@ -39,9 +39,8 @@ class FamilyState:
 
 
 class Verdict(StrEnum):
-    """What became of a presented refresh token. The words are those of logs, metrics and the audit trail."""
+    """What a refresh token is that did not rotate. The words are those of logs, metrics and the audit trail."""
 
-    ROTATED = "rotated"
     RETRIED = "retried"
     UNKNOWN = "unknown"
     REVOKED = "revoked"
