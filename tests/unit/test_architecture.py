@@ -182,14 +182,17 @@ def test_nobody_reads_the_time_past_the_clock() -> None:
 
 
 def test_randomness_that_protects_comes_from_the_system() -> None:
-    """`random` appears once, where a lifetime is spread; tokens, ids and keys come from `secrets` or `os.urandom`."""
+    """`random` spreads lifetimes and refreshes and nothing else; tokens, ids and keys come from `secrets`."""
     users = {
         f"{module.name} calls {spelled(call.func)}"
         for module in modules()
         for call in module.nodes(ast.Call)
         if spelled(call.func).startswith("random.")
     }
-    assert users <= {"identity_service.oauth.tokens calls random.random"}
+    assert users <= {
+        "identity_service.oauth.tokens calls random.random",
+        "identity_service.verifier.keys calls random.uniform",
+    }
 
 
 def test_settings_are_read_from_the_environment_in_one_place() -> None:

@@ -1,0 +1,189 @@
+"""The issuer's keys: reading a key set (RFC 7517 §5), and fetching it over HTTP."""
+
+import asyncio
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx2
+from cryptography.hazmat.primitives.asymmetric import rsa
+from joserfc.jwk import RSAKey
+
+from identity_service.verifier.core import LONGEST_KID, TokenRefused, read_object
+
+Keys = Mapping[str, rsa.RSAPublicKey]
+"""Public keys by their `kid`."""
+
+LONGEST_CACHED = 900.0
+"""Seconds a key set may be used before it is asked for again, whatever its headers say; the issuer plans with it."""
+_SHORTEST_CACHED = 30.0
+_DEFAULT_MAX_AGE = 300.0
+_LARGEST_DOCUMENT = 256 * 1024
+_MOST_KEYS = 100
+_FEWEST_BITS, _MOST_BITS = 2048, 8192
+_SMALLEST_EXPONENT = 65537
+_PRIVATE_MEMBERS = frozenset(("d", "p", "q", "dp", "dq", "qi", "oth", "k"))
+_DIRECTIVE = re.compile(r"(max-age|stale-while-revalidate)\s*=\s*\"?(\d{1,9})", re.IGNORECASE)
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+class BadKeySet(Exception):
+    """The issuer's answer holds no key set that could be used; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """A key set, and for how many seconds it is fresh and may be used unasked (RFC 9111 §4.2, RFC 5861 §3)."""
+
+    keys: Keys
+    fresh: float
+    usable: float
+
+
+def check_url(url: str, *, allow_http: bool) -> str:
+    """
+    Return an absolute URL that keys may come from; raises ValueError.
+
+    Whoever can change the key set on its way can sign tokens, so it comes over TLS, or from this machine.
+    """
+    parts = urlsplit(url)
+    secure = parts.scheme == "https" or (parts.scheme == "http" and (allow_http or parts.hostname in _LOOPBACK))
+    if not secure or not parts.hostname or parts.username is not None or parts.query or parts.fragment:
+        raise ValueError(f"not a plain https URL: {url!r}")
+    return url
+
+
+def read_key_set(document: bytes) -> Keys:
+    """
+    Return the keys of a set that can verify our tokens; others are passed over (RFC 7517 §5).
+
+    Raises BadKeySet for a set that is malformed, has one `kid` twice, gives away private keys, or is of no use.
+    """
+    try:
+        listed = read_object(document.strip()).get("keys")
+    except TokenRefused as refused:
+        raise BadKeySet(f"the key set is malformed: {refused.reason}") from None
+    if not isinstance(listed, list) or len(listed) > _MOST_KEYS:
+        raise BadKeySet("the key set has no list of keys, or too long a one")
+    keys: dict[str, rsa.RSAPublicKey] = {}
+    for jwk in listed:
+        if not isinstance(jwk, dict) or not _PRIVATE_MEMBERS.isdisjoint(jwk):
+            raise BadKeySet("the key set holds something that is no public key")
+        if not _is_ours(jwk) or (key := _public_key(jwk)) is None:
+            continue
+        if jwk["kid"] in keys:
+            raise BadKeySet("the key set has two keys of one kid")
+        keys[jwk["kid"]] = key
+    if not keys:
+        raise BadKeySet("the key set holds no RS256 key")
+    return keys
+
+
+def _is_ours(jwk: Mapping[str, Any]) -> bool:
+    """Return whether a key is for RS256 signatures and for nothing else (RFC 7517 §4, RFC 8725 §3.1)."""
+    kid, operations = jwk.get("kid"), jwk.get("key_ops", ["verify"])
+    return (
+        jwk.get("kty") == "RSA"
+        and jwk.get("alg", "RS256") == "RS256"
+        and jwk.get("use", "sig") == "sig"
+        and isinstance(operations, list)
+        and "verify" in operations
+        and isinstance(kid, str)
+        and 0 < len(kid) <= LONGEST_KID
+    )
+
+
+def _public_key(jwk: Mapping[str, Any]) -> rsa.RSAPublicKey | None:
+    """Return the key, or None for one that is malformed or out of bounds."""
+    modulus, exponent = jwk.get("n"), jwk.get("e")
+    if not isinstance(modulus, str) or not isinstance(exponent, str):
+        return None
+    if not _FEWEST_BITS <= len(modulus) * 6 <= _MOST_BITS + 6 or len(exponent) > 6:
+        return None
+    try:
+        key = RSAKey.import_key({"kty": "RSA", "n": modulus, "e": exponent}).public_key
+    except Exception:  # the library has no common error for what it cannot read
+        return None
+    return key if key.key_size >= _FEWEST_BITS and key.public_numbers().e >= _SMALLEST_EXPONENT else None
+
+
+def lifetimes(headers: Mapping[str, str]) -> tuple[float, float]:
+    """
+    Return for how many seconds a key set is fresh, and for how many it may be used unasked, by its headers.
+
+    What a cache on the way has held it already (`Age`) is taken off. Bounded from below, so that no header makes us
+    ask for every token, and from above by what the issuer's schedule allows for.
+    """
+    control = headers.get("cache-control", "")
+    told = {name.lower(): float(seconds) for name, seconds in _DIRECTIVE.findall(control)}
+    max_age = told.get("max-age", _DEFAULT_MAX_AGE)
+    if re.search(r"\bno-(?:store|cache)\b", control, re.IGNORECASE):
+        max_age, told = 0.0, {}
+    age = headers.get("age", "")
+    held = float(age) if age.isascii() and age.isdigit() and len(age) < 10 else 0.0
+    usable = max_age + told.get("stale-while-revalidate", 0.0)
+    fresh, usable = (min(seconds, LONGEST_CACHED) - held for seconds in (max_age, usable))
+    return max(fresh, _SHORTEST_CACHED), max(usable, _SHORTEST_CACHED)
+
+
+class JwksSource:
+    """Where an issuer's key set comes from. Redirects are not followed, and a token never says where to look."""
+
+    def __init__(self, issuer: str, jwks_uri: str | None, *, allow_http: bool, timeout: float) -> None:
+        """`timeout` is in seconds, for everything that a fetch takes. Raises ValueError for a URL of no use."""
+        parts = urlsplit(check_url(issuer, allow_http=allow_http))
+        self._metadata_url = (
+            f"{parts.scheme}://{parts.netloc}/.well-known/oauth-authorization-server{parts.path.rstrip('/')}"
+        )
+        self._issuer = issuer
+        self._allow_http = allow_http
+        self._timeout = timeout
+        self._fixed_uri = check_url(jwks_uri, allow_http=allow_http) if jwks_uri is not None else None
+        self._found_uri: str | None = None
+
+    def fetch(self, *, past_caches: bool) -> Fetched:
+        """
+        Ask for the key set, past every cache on the way if need be; blocks, for `timeout` seconds at most.
+
+        Raises BadKeySet, httpx2.HTTPError, OSError, TimeoutError.
+        """
+        return asyncio.run(self._fetch(past_caches))
+
+    async def _fetch(self, past_caches: bool) -> Fetched:
+        headers = {"accept": "application/json", "accept-encoding": "identity"}
+        if past_caches:
+            headers["cache-control"] = "no-cache"
+        # A connection of its own each time, minutes apart: nothing to go stale, and a new address is noticed.
+        async with asyncio.timeout(self._timeout), httpx2.AsyncClient(headers=headers, timeout=self._timeout) as http:
+            uri = self._fixed_uri or self._found_uri or await self._discover(http)
+            self._found_uri = None  # unless it serves its purpose, it is looked for anew the next time
+            told, document = await _get(http, uri)
+        fetched = Fetched(read_key_set(document), *lifetimes(told))
+        self._found_uri = uri
+        return fetched
+
+    async def _discover(self, http: httpx2.AsyncClient) -> str:
+        """Return the issuer's `jwks_uri` (RFC 8414 §3); the metadata must be the issuer's own (§3.3)."""
+        _, document = await _get(http, self._metadata_url)
+        try:
+            metadata = read_object(document.strip())
+            if metadata.get("issuer") != self._issuer:
+                raise BadKeySet("the metadata is of another issuer")
+            return check_url(metadata["jwks_uri"], allow_http=self._allow_http)
+        except (TokenRefused, KeyError, TypeError, ValueError, AttributeError):
+            raise BadKeySet("the metadata is malformed, or names no jwks_uri that can be trusted") from None
+
+
+async def _get(http: httpx2.AsyncClient, url: str) -> tuple[Mapping[str, str], bytes]:
+    """Return an answer's headers and its body, which is small and not compressed; raises BadKeySet."""
+    async with http.stream("GET", url) as answer:
+        if answer.status_code != 200:
+            raise BadKeySet(f"{url} answered {answer.status_code}")
+        body = b""
+        async for chunk in answer.aiter_raw():
+            body += chunk
+            if len(body) > _LARGEST_DOCUMENT:
+                raise BadKeySet(f"{url} answered more than {_LARGEST_DOCUMENT} bytes")
+        return answer.headers, body
