@@ -35,16 +35,22 @@ from identity_service.oauth.grants.password import Password
 from identity_service.oauth.grants.pipeline import Grant, Pipeline
 from identity_service.oauth.grants.refresh_token import RefreshToken
 from identity_service.oauth.signing_keys import KeyPolicy, NewKey, Plan, SigningKeys
-from identity_service.oauth.tokens import Tokens
+from identity_service.oauth.tokens import IssuedTokens, Tokens
 from identity_service.settings import Settings, UnsafeSettings
 from identity_service.web.account import account_router
 from identity_service.web.asgi import Receive, Scope, Send
-from identity_service.web.deps import Bearer, ClientAuthenticator
+from identity_service.web.deps import TOKEN_GUESSING, Bearer, ClientAuthenticator, FailureBudget
 from identity_service.web.edge import Edge, Endpoint, Guard
 from identity_service.web.error_pages import install_error_pages
 from identity_service.web.forms import LARGEST_BODY
 from identity_service.web.health import Liveness, Readiness
-from identity_service.web.oauth import JwksEndpoint, MetadataEndpoint, RevocationEndpoint, TokenEndpoint
+from identity_service.web.oauth import (
+    IntrospectionEndpoint,
+    JwksEndpoint,
+    MetadataEndpoint,
+    RevocationEndpoint,
+    TokenEndpoint,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -115,6 +121,7 @@ class Services:
     users: Users
     throttle: SignInThrottle
     families: RefreshFamilies
+    issued: IssuedTokens
     pipeline: Pipeline
 
     async def close(self) -> None:
@@ -173,6 +180,7 @@ def build_services(settings: Settings, *, clock: Clock | None = None) -> Service
         users=users,
         throttle=throttle,
         families=families,
+        issued=IssuedTokens(clock, signing_keys, clients, families, issuer=issuer),
         pipeline=Pipeline(grants, access, tokens),
     )
 
@@ -322,10 +330,7 @@ def create_app(settings: Settings, *, clock: Clock | None = None) -> FastAPI:
         max_body_size=LARGEST_BODY,
     )
     app.state.services = services
-    bearer = Bearer(
-        services.signing_keys, services.clients, services.families, services.clock, issuer=settings.public_issuer
-    )
-    app.include_router(account_router(services.db, bearer, services.users))
+    app.include_router(account_router(services.db, Bearer(services.issued), services.users))
     install_error_pages(app)
     app.add_middleware(Guard)
     app.edge = Edge(
@@ -345,6 +350,7 @@ def _endpoints(services: Services) -> dict[str, Endpoint]:
     authenticator = ClientAuthenticator(
         services.db, services.clients, services.limiter, services.audit, services.data_keys, services.clock
     )
+    guesses = FailureBudget(services.limiter, services.clock, TOKEN_GUESSING)
     metadata = MetadataEndpoint(issuer=settings.public_issuer, grant_types=services.pipeline.grant_types)
     return {
         "/token": TokenEndpoint(
@@ -356,7 +362,16 @@ def _endpoints(services: Services) -> dict[str, Endpoint]:
             refusal_delay=settings.refusal_delay,
         ),
         "/revoke": RevocationEndpoint(
-            authenticator, services.db, services.families, services.audit, trusted_proxies=proxies
+            authenticator,
+            services.db,
+            services.issued,
+            guesses,
+            services.families,
+            services.audit,
+            trusted_proxies=proxies,
+        ),
+        "/introspect": IntrospectionEndpoint(
+            authenticator, services.db, services.issued, guesses, trusted_proxies=proxies
         ),
         "/.well-known/jwks.json": JwksEndpoint(services.signing_keys),
         "/.well-known/oauth-authorization-server": metadata,

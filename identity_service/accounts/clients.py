@@ -106,6 +106,10 @@ class NewClient:
             not public or "client_credentials" not in self.grant_types,
             "client_credentials needs a client that can authenticate (RFC 6749 section 4.4)",
         )
+        _demand(
+            not public or not self.introspect,
+            "introspection needs a client that can authenticate (RFC 7662 section 2.1)",
+        )
         _demand(self.require_pkce or not public, "a public client cannot do without PKCE (RFC 9700 section 2.1.1)")
         _demand(
             all(parse_scope(scope) == (scope,) for scope in self.scope) and len(set(self.scope)) <= 100,

@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from collections.abc import Awaitable, Callable
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -157,12 +158,21 @@ def cleanup(
     settings = settings_for(data_dir)
     telemetry.configure_logging(level="WARNING", as_json=settings.log_json, stream=sys.stderr)
 
-    async def main() -> int:
-        deleted = 0
+    async def main() -> dict[str, int]:
         async with opened(settings) as services:
-            while done := await services.db.run(lambda tx: services.families.clean_up(tx, batch=batch)):
-                deleted += done
-        return deleted
+            return {
+                "refresh_families": await _clean_up(services, lambda tx: services.families.clean_up(tx, batch=batch)),
+                "revoked_tokens": await _clean_up(services, lambda tx: services.issued.clean_up(tx, batch=batch)),
+            }
 
     deleted = asyncio.run(main())
-    say({"refresh_families": deleted}, f"{deleted} expired families deleted", as_json=as_json)
+    text = f"{deleted['refresh_families']} families and {deleted['revoked_tokens']} revoked tokens deleted, all expired"
+    say(deleted, text, as_json=as_json)
+
+
+async def _clean_up(services: Services, one_batch: Callable[[Transaction], Awaitable[int]]) -> int:
+    """Delete batch after batch, each in a transaction of its own, until there is nothing left."""
+    deleted = 0
+    while done := await services.db.run(one_batch):
+        deleted += done
+    return deleted

@@ -27,7 +27,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import TypeDecorator
 
-SCHEMA_REVISION = "0001"
+SCHEMA_REVISION = "0002"
 """The oldest migration this code can work on. Revisions are numbered, so a newer one compares greater."""
 
 
@@ -200,6 +200,13 @@ refresh_families = Table(
     Index(None, "client_id"),
 )
 
+revoked_tokens = Table(
+    "revoked_tokens",
+    metadata,
+    Column("jti", Text, primary_key=True),
+    Column("expires_at", UtcDateTime, nullable=False, index=True),
+)
+
 audit_events = Table(
     "audit_events",
     metadata,
@@ -226,6 +233,7 @@ OWNERS = {
     "clients": "identity_service.accounts.clients",
     "client_secrets": "identity_service.accounts.clients",
     "refresh_families": "identity_service.accounts.refresh_families",
+    "revoked_tokens": "identity_service.oauth.tokens",
     "audit_events": "identity_service.infra.audit",
 }
 """Table → the module that writes it; everybody else asks that module. A package counts with all that is in it."""

@@ -53,6 +53,12 @@ class UnauthorizedClient(OAuthError):
     code = "unauthorized_client"
 
 
+class IntrospectionNotAllowed(UnauthorizedClient):
+    """The client may introspect nothing (RFC 7662 §2.1, §4)."""
+
+    status = 403
+
+
 class UnsupportedGrantType(OAuthError):
     """This server does not know the grant (RFC 6749 §5.2)."""
 
@@ -69,12 +75,6 @@ class InvalidTarget(OAuthError):
     """The resource is none that may be asked for (RFC 8707 §2)."""
 
     code = "invalid_target"
-
-
-class UnsupportedTokenType(OAuthError):
-    """This server cannot revoke tokens of that kind (RFC 7009 §2.2.1)."""
-
-    code = "unsupported_token_type"
 
 
 class Unavailable(OAuthError):

@@ -1,16 +1,23 @@
-"""The life of an access token (RFC 9068): what it says, and how it is issued."""
+"""The life of an access token (RFC 9068): what it says, how it is issued, and what can end it before its time."""
 
 import random
 import secrets
-from collections.abc import Sequence
+import uuid
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, final
 
+from sqlalchemy import String, bindparam, delete, select, text
+
 from identity_service.accounts.access import ScopeList
-from identity_service.accounts.clients import Client
+from identity_service.accounts.clients import Client, Clients
+from identity_service.accounts.refresh_families import RefreshFamilies
+from identity_service.infra.database import Transaction
 from identity_service.infra.runtime import Clock
+from identity_service.infra.tables import UtcDateTime, revoked_tokens
 from identity_service.oauth.signing_keys import SigningKeys
+from identity_service.verifier.core import LEEWAY, TokenRefused, VerifiedClaims, prove, take_apart
 
 ACCESS_TOKEN_TYP = "at+jwt"  # noqa: S105  # the JOSE header's word, RFC 9068 §2.1
 _JITTER = 0.05
@@ -75,3 +82,95 @@ class Tokens:
                 "amr": list(user.amr),
             }
         return AccessToken(self._keys.sign(claims, typ=ACCESS_TOKEN_TYP), lifetime)
+
+
+_REVOKED = (
+    text("SELECT jti FROM revoked_tokens WHERE jti = :jti")
+    .bindparams(bindparam("jti", type_=String()))
+    .columns(jti=String())
+)
+_REVOKE = (
+    text("INSERT INTO revoked_tokens (jti, expires_at) VALUES (:jti, :expires_at) ON CONFLICT DO NOTHING RETURNING jti")
+    .bindparams(bindparam("jti", type_=String()), bindparam("expires_at", type_=UtcDateTime()))
+    .columns(jti=String())
+)
+
+
+class _AnyAudience:
+    """Holds every audience, for those who only want to know whether a token is one of ours."""
+
+    def __contains__(self, _: object) -> bool:
+        return True
+
+
+ANY_AUDIENCE: Container[str] = _AnyAudience()
+
+
+@final
+class IssuedTokens:
+    """Reads access tokens that come back, as strictly as siblings do, and knows what siblings cannot: who is gone."""
+
+    def __init__(
+        self, clock: Clock, keys: SigningKeys, clients: Clients, families: RefreshFamilies, *, issuer: str
+    ) -> None:
+        self._clock = clock
+        self._keys = keys
+        self._clients = clients
+        self._families = families
+        self.issuer = issuer
+
+    def read(self, token: str, *, audiences: Container[str]) -> VerifiedClaims:
+        """Return the claims of a token for one of `audiences`; raises TokenRefused. Asks no database."""
+        parts = take_apart(token)
+        key = self._keys.public_key(parts[0])
+        if key is None:
+            raise TokenRefused("kid_unknown")
+        now = self._clock.now().timestamp()
+        return prove(parts, key, issuer=self.issuer, audiences=audiences, now=now, leeway=LEEWAY)
+
+    async def ended(self, tx: Transaction, claims: VerifiedClaims) -> str | None:
+        """
+        Return what has ended a token before its time, as a word for the log, or None while it is good.
+
+        Asks the database each time; only what it says about the client may be a second old.
+        """
+        client = await self._clients.find(tx, claims.client_id)
+        if client is None or not client.enabled:
+            return "client_disabled"
+        if claims.session_id is None:
+            # A client's own token belongs to no session; what it cannot outlive is its client's epoch.
+            if claims.issued_at < int(client.epoch_at.timestamp()):
+                return "client_epoch"
+        else:
+            family_id, user_id = _identifier(claims.session_id), _identifier(claims.subject)
+            if family_id is None or user_id is None:
+                return "identifier_malformed"
+            if not await self._families.live(tx, family_id, user_id=user_id, client_id=client.id):
+                return "session_ended"
+        if not (claims.token_id.isascii() and claims.token_id.isprintable()):
+            return "identifier_malformed"
+        return "token_revoked" if await tx.fetch_hot(_REVOKED, {"jti": claims.token_id}) is not None else None
+
+    async def revoke(self, tx: Transaction, claims: VerifiedClaims) -> bool:
+        """Let a token that `ended` found good be good no more; return False if somebody else just did the same."""
+        expires_at = datetime.fromtimestamp(claims.expires_at, UTC) + timedelta(seconds=LEEWAY)
+        noted = await tx.fetch_hot(_REVOKE, {"jti": claims.token_id, "expires_at": expires_at})
+        return noted is not None
+
+    async def clean_up(self, tx: Transaction, *, batch: int) -> int:
+        """Forget at most `batch` revoked tokens that have expired meanwhile."""
+        doomed = (
+            select(revoked_tokens.c.jti)
+            .where(revoked_tokens.c.expires_at <= self._clock.now())
+            .order_by(revoked_tokens.c.expires_at)
+            .limit(batch)
+        )
+        deleted = await tx.execute(delete(revoked_tokens).where(revoked_tokens.c.jti.in_(doomed.scalar_subquery())))
+        return deleted.rowcount
+
+
+def _identifier(claim: str) -> uuid.UUID | None:
+    try:
+        return uuid.UUID(claim)
+    except ValueError:
+        return None

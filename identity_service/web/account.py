@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from identity_service.accounts.users import User, Users
 from identity_service.infra.database import Database, Transaction
 from identity_service.web.asgi import Headers
-from identity_service.web.deps import Bearer, InsufficientScope, Unauthenticated, identifier
+from identity_service.web.deps import Bearer, InsufficientScope, Unauthenticated
 
 
 class Profile(BaseModel):
@@ -40,7 +40,7 @@ def account_router(db: Database, bearer: Bearer, users: Users) -> APIRouter:
 
         async def look(tx: Transaction) -> User | None:
             await bearer.check_live(tx, claims)
-            return None if claims.session_id is None else await users.get(tx, identifier(claims.subject))
+            return None if claims.session_id is None else await users.get(tx, uuid.UUID(claims.subject))
 
         user = await db.run(look)
         if user is None:

@@ -3,7 +3,6 @@
 import base64
 import binascii
 import ipaddress
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -12,15 +11,14 @@ from typing import final
 from urllib.parse import unquote_to_bytes
 
 from identity_service.accounts.clients import Client, Clients
-from identity_service.accounts.refresh_families import RefreshFamilies
 from identity_service.infra.audit import AuditTrail, Origin
 from identity_service.infra.data_keys import DataKeys
 from identity_service.infra.database import Database, Transaction
 from identity_service.infra.ratelimit import Limited, Limiter, Rule, Spend
 from identity_service.infra.runtime import Clock, Secret
 from identity_service.oauth.errors import InvalidClient, InvalidRequest, TooManyRequests
-from identity_service.oauth.signing_keys import SigningKeys
-from identity_service.verifier.core import TokenRefused, VerifiedClaims, verify
+from identity_service.oauth.tokens import IssuedTokens
+from identity_service.verifier.core import TokenRefused, VerifiedClaims
 from identity_service.web.asgi import Headers, Scope
 
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -28,6 +26,8 @@ IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 CLIENT_AUTHENTICATION = Rule(name="client_authentication", burst=30, interval=2.0, memory=300.0, credential=True)
 """Failed client authentications of one client (or one unknown name) from one network."""
+TOKEN_GUESSING = Rule(name="token_guessing", burst=300, interval=0.2, memory=300.0, credential=True)
+"""Texts that were never tokens of ours, shown by one client from one network to be introspected or revoked."""
 _MOST_BLOCKED = 10_000
 _LONGEST_AUTHORIZATION = 4096
 
@@ -135,6 +135,42 @@ def _basic(value: str) -> ClientCredentials:
 
 
 @final
+class FailureBudget:
+    """
+    Books failures under one rule, and remembers who has used theirs up until they may fail again.
+
+    Only failures are booked, so who does everything right costs the limiter nothing.
+    """
+
+    def __init__(self, limiter: Limiter, clock: Clock, rule: Rule) -> None:
+        self._limiter = limiter
+        self._clock = clock
+        self._rule = rule
+        self._blocked: dict[tuple[str, str], datetime] = {}
+
+    def check(self, who: tuple[str, str]) -> None:
+        """Raise TooManyRequests for one whose failures are used up. Asks nobody."""
+        if self._blocked and (until := self._blocked.get(who)) is not None:
+            if until > self._clock.now():
+                raise self._limited(until)
+            del self._blocked[who]
+
+    async def book(self, who: tuple[str, str], bucket: str) -> None:
+        """Book a failure of `who` in `bucket`; raises TooManyRequests when there have been too many."""
+        verdict = await self._limiter.spend([Spend(self._rule, bucket)])
+        if isinstance(verdict, Limited):
+            until = self._clock.now() + timedelta(seconds=verdict.retry_after)
+            if len(self._blocked) >= _MOST_BLOCKED:
+                self._blocked.clear()
+            self._blocked[who] = until
+            raise self._limited(until)
+
+    def _limited(self, until: datetime) -> TooManyRequests:
+        seconds = max(1, -int((self._clock.now() - until).total_seconds() // 1))
+        return TooManyRequests(limit=self._rule.name, retry_after=seconds)
+
+
+@final
 class ClientAuthenticator:
     """Checks client credentials, and slows down who guesses at them."""
 
@@ -143,24 +179,19 @@ class ClientAuthenticator:
     ) -> None:
         self._db = db
         self._clients = clients
-        self._limiter = limiter
         self._audit = audit
         self._keys = keys
-        self._clock = clock
-        self._blocked: dict[tuple[str, str], datetime] = {}
+        self._failures = FailureBudget(limiter, clock, CLIENT_AUTHENTICATION)
 
     async def authenticate(self, credentials: ClientCredentials, origin: Origin) -> Client:
         """
         Return the client; raises InvalidClient, TooManyRequests.
 
-        Only failures are booked, so a client that knows its secret costs the limiter nothing. Who used up the
-        failures for a client from one network waits, whatever they send; other networks do not notice.
+        Who used up the failures for a client from one network waits, whatever they send; other networks do not
+        notice.
         """
         pair = (credentials.client_id[:64], origin.network)
-        if self._blocked and (until := self._blocked.get(pair)) is not None:
-            if until > self._clock.now():
-                raise self._limited(until)
-            del self._blocked[pair]
+        self._failures.check(pair)
         client = await self._db.run(lambda tx: self._clients.find(tx, credentials.client_id))
         if client is not None and client.enabled:
             if client.public:
@@ -180,13 +211,7 @@ class ClientAuthenticator:
         """Book a failure; raises TooManyRequests when there have been too many."""
         # Ids that somebody makes up share one bucket, or making up more of them would be a way around it.
         name = client.id if client else "unknown"
-        verdict = await self._limiter.spend([Spend(CLIENT_AUTHENTICATION, f"c:{name}:{origin.network}")])
-        if isinstance(verdict, Limited):
-            until = self._clock.now() + timedelta(seconds=verdict.retry_after)
-            if len(self._blocked) >= _MOST_BLOCKED:
-                self._blocked.clear()
-            self._blocked[pair] = until
-            raise self._limited(until)
+        await self._failures.book(pair, f"c:{name}:{origin.network}")
         await self._db.run(
             lambda tx: self._audit.record_failure(
                 tx,
@@ -197,10 +222,6 @@ class ClientAuthenticator:
                 detail={},
             )
         )
-
-    def _limited(self, until: datetime) -> TooManyRequests:
-        seconds = max(1, -int((self._clock.now() - until).total_seconds() // 1))
-        return TooManyRequests(limit=CLIENT_AUTHENTICATION.name, retry_after=seconds)
 
 
 # -- bearer tokens ----------------------------------------------------------------------------------------------------
@@ -223,26 +244,12 @@ class InsufficientScope(Exception):
         self.scope = scope
 
 
-def identifier(text: str) -> uuid.UUID:
-    """Return an identifier that a token carries; raises Unauthenticated for what can be none."""
-    try:
-        return uuid.UUID(text)
-    except ValueError:
-        raise Unauthenticated("invalid_token", reason="identifier_malformed") from None
-
-
 @final
 class Bearer:
     """Checks the access tokens that come to our own API: the same strict reading as siblings do, plus live state."""
 
-    def __init__(
-        self, keys: SigningKeys, clients: Clients, families: RefreshFamilies, clock: Clock, *, issuer: str
-    ) -> None:
-        self._keys = keys
-        self._clients = clients
-        self._families = families
-        self._clock = clock
-        self._issuer = issuer
+    def __init__(self, tokens: IssuedTokens) -> None:
+        self._tokens = tokens
 
     def read(self, headers: Headers) -> VerifiedClaims:
         """Return the claims of the request's token; raises Unauthenticated. Asks no database."""
@@ -253,25 +260,11 @@ class Bearer:
         if len(values) > 1 or scheme.lower() != "bearer":
             raise Unauthenticated(None, reason="no_bearer_token")
         try:
-            return verify(
-                token.strip(),
-                key_of=self._keys.public_key,
-                issuer=self._issuer,
-                audience=self._issuer,
-                now=self._clock.now().timestamp(),
-            )
+            return self._tokens.read(token.strip(" "), audiences=(self._tokens.issuer,))
         except TokenRefused as refused:
             raise Unauthenticated("invalid_token", reason=refused.reason) from None
 
     async def check_live(self, tx: Transaction, claims: VerifiedClaims) -> None:
-        """Raise Unauthenticated unless the token's client, and its user's session, are still good."""
-        client = await self._clients.find(tx, claims.client_id)
-        if client is None or not client.enabled:
-            raise Unauthenticated("invalid_token", reason="client_disabled")
-        if claims.session_id is None:
-            # A client's own token carries no session; what it outlives is its client's epoch.
-            if claims.issued_at < int(client.epoch_at.timestamp()):
-                raise Unauthenticated("invalid_token", reason="client_epoch")
-            return
-        if not await self._families.live(tx, identifier(claims.session_id), claims.client_id):
-            raise Unauthenticated("invalid_token", reason="session_ended")
+        """Raise Unauthenticated unless the token, its client, and its user's session are all still good."""
+        if (reason := await self._tokens.ended(tx, claims)) is not None:
+            raise Unauthenticated("invalid_token", reason=reason)

@@ -1,11 +1,12 @@
 """
-The protocol's endpoints for machines: token, revocation, JWKS, discovery.
+The protocol's endpoints for machines: token, revocation, introspection, JWKS, discovery.
 
 They stand before the framework: they parse for themselves, and strictly. Each opens its transactions in sight, and
 nothing is said before it is committed.
 """
 
 import asyncio
+import json
 import math
 import uuid
 from abc import ABC, abstractmethod
@@ -14,17 +15,26 @@ from typing import final
 
 from pydantic_core import to_json
 
-from identity_service.accounts.clients import AUTH_METHODS
-from identity_service.accounts.refresh_families import RefreshFamilies, Rejected
+from identity_service.accounts.clients import AUTH_METHODS, NO_AUTHENTICATION, Client
+from identity_service.accounts.refresh_families import GenuineToken, RefreshFamilies, Rejected
 from identity_service.infra.audit import AuditTrail, Origin
 from identity_service.infra.database import Database, Transaction
 from identity_service.infra.runtime import Secret
 from identity_service.infra.telemetry import REFRESH_VERDICTS, TOKENS
-from identity_service.oauth.errors import InvalidGrant, InvalidRequest, Unavailable, UnsupportedTokenType
+from identity_service.oauth.errors import IntrospectionNotAllowed, InvalidGrant, InvalidRequest, Unavailable
 from identity_service.oauth.grants.pipeline import Issued, Pipeline, Refusal, TokenRequest
 from identity_service.oauth.signing_keys import Document, SigningKeys
+from identity_service.oauth.tokens import ANY_AUDIENCE, IssuedTokens
+from identity_service.verifier.core import TokenRefused, VerifiedClaims
 from identity_service.web.asgi import JSON, NO_STORE, Headers, Receive, Reply, Scope, Send
-from identity_service.web.deps import ClientAuthenticator, IPNetwork, basic_was_used, client_credentials, network_of
+from identity_service.web.deps import (
+    ClientAuthenticator,
+    FailureBudget,
+    IPNetwork,
+    basic_was_used,
+    client_credentials,
+    network_of,
+)
 from identity_service.web.errors import as_oauth, oauth_reply
 from identity_service.web.forms import ClientGone, Form, check_media_type, parse_form, read_body, refuse_query
 
@@ -166,56 +176,140 @@ def _token_reply(issued: Issued) -> Reply:
     return Reply(200, to_json(body), (JSON, *NO_STORE, *issued.headers))
 
 
-@final
-class RevocationEndpoint(FormEndpoint):
-    """`POST /revoke` (RFC 7009), for refresh tokens; the whole family ends."""
+class PresentedTokenEndpoint(FormEndpoint):
+    """What revocation and introspection share: an authenticated client shows a token, and does not get to guess."""
 
     def __init__(
         self,
         authenticator: ClientAuthenticator,
         db: Database,
-        families: RefreshFamilies,
-        audit: AuditTrail,
+        tokens: IssuedTokens,
+        guesses: FailureBudget,
         *,
         trusted_proxies: Sequence[IPNetwork],
     ) -> None:
         super().__init__(authenticator, trusted_proxies=trusted_proxies, default_client_id=None)
         self._db = db
-        self._families = families
-        self._audit = audit
+        self._tokens = tokens
+        self._guesses = guesses
 
     async def answer(self, headers: Headers, form: Form, origin: Origin, scope: Scope) -> Reply:
-        """End the family; a token nobody knows is answered as one that was ended (RFC 7009 §2.2)."""
-        client = await self._authenticator.authenticate(
-            client_credentials(headers, form.values, default=self._default_client_id), origin
-        )
+        """Authenticate the client and answer about the token; a hint of its type is not needed (RFC 7009 §2.1)."""
+        credentials = client_credentials(headers, form.values, default=self._default_client_id)
+        client = await self._authenticator.authenticate(credentials, origin)
         scope["state"]["client_id"] = client.id
         if (text := form.values.get("token")) is None:
             raise InvalidRequest("The parameter token is missing.", reason="parameter_missing")
-        presented = self._families.read(Secret(text))
-        if presented is None:
-            if text.count(".") == 2:
-                raise UnsupportedTokenType("Access tokens expire; they are not revoked.", reason="access_token")
-            return Reply(200, b"", NO_STORE)
+        return await self.answer_about(Secret(text), client, origin, scope)
 
+    @abstractmethod
+    async def answer_about(self, token: Secret, client: Client, origin: Origin, scope: Scope) -> Reply:
+        """Return the answer to an authenticated client that shows a token."""
+
+    async def _read(self, token: Secret, client: Client, origin: Origin, scope: Scope) -> VerifiedClaims | None:
+        """
+        Return the claims of an access token of ours, whoever it is meant for; None for one that is good no more.
+
+        Texts that were never ours are booked, and beyond a budget answered 429 (RFC 7662 §4); who shows real tokens
+        is not held up by them. A key that left the set names no guess: its tokens were real.
+        """
+        try:
+            return self._tokens.read(token.reveal(), audiences=ANY_AUDIENCE)
+        except TokenRefused as refused:
+            scope["state"]["reason"] = refused.reason
+            if refused.reason not in ("expired", "not_yet_valid", "kid_unknown"):
+                who = (client.id, origin.network)
+                self._guesses.check(who)
+                await self._guesses.book(who, f"t:{client.id}:{origin.network}")
+            return None
+
+
+@final
+class RevocationEndpoint(PresentedTokenEndpoint):
+    """`POST /revoke` (RFC 7009): a refresh token ends with its whole family, an access token by itself."""
+
+    def __init__(
+        self,
+        authenticator: ClientAuthenticator,
+        db: Database,
+        tokens: IssuedTokens,
+        guesses: FailureBudget,
+        families: RefreshFamilies,
+        audit: AuditTrail,
+        *,
+        trusted_proxies: Sequence[IPNetwork],
+    ) -> None:
+        super().__init__(authenticator, db, tokens, guesses, trusted_proxies=trusted_proxies)
+        self._families = families
+        self._audit = audit
+
+    async def answer_about(self, token: Secret, client: Client, origin: Origin, scope: Scope) -> Reply:
+        """End the token; one that nobody knows is answered as one that was ended (RFC 7009 §2.2)."""
+        if (refresh_token := self._families.read(token)) is not None:
+            await self._end_family(refresh_token, client, origin)
+        elif (claims := await self._read(token, client, origin, scope)) is not None:
+            await self._end_access_token(claims, client, origin)
+        return Reply(200, b"", NO_STORE)
+
+    async def _end_family(self, presented: GenuineToken, client: Client, origin: Origin) -> None:
         async def end(tx: Transaction) -> uuid.UUID | Rejected | None:
             ended = await self._families.revoke(tx, presented, client)
             if isinstance(ended, uuid.UUID):
-                await self._audit.record(
-                    tx,
-                    "token.revoked",
-                    origin=origin,
-                    actor=client.id,
-                    target=str(presented.family_id),
-                    client_id=client.id,
-                    detail={"user": str(ended)},
-                )
+                await self._record(tx, str(presented.family_id), {"user": str(ended)}, client, origin)
             return ended
 
         ended = await self._db.run(end)
         if isinstance(ended, Rejected):
-            raise InvalidGrant("The token was not issued to this client.", reason=ended.verdict)
-        return Reply(200, b"", NO_STORE)
+            raise InvalidGrant(_FOREIGN, reason=ended.verdict)
+
+    async def _end_access_token(self, claims: VerifiedClaims, client: Client, origin: Origin) -> None:
+        if claims.client_id != client.id:
+            raise InvalidGrant(_FOREIGN, reason="foreign_client")
+
+        async def end(tx: Transaction) -> None:
+            if await self._tokens.ended(tx, claims) is None and await self._tokens.revoke(tx, claims):
+                await self._record(tx, claims.token_id, {"subject": claims.subject}, client, origin)
+
+        await self._db.run(end)
+
+    async def _record(
+        self, tx: Transaction, target: str, detail: dict[str, str], client: Client, origin: Origin
+    ) -> None:
+        await self._audit.record(
+            tx, "token.revoked", origin=origin, actor=client.id, target=target, client_id=client.id, detail=detail
+        )
+
+
+_FOREIGN = "The token was not issued to this client."
+
+
+@final
+class IntrospectionEndpoint(PresentedTokenEndpoint):
+    """`POST /introspect` (RFC 7662): what an access token says, while it is good in every respect."""
+
+    async def answer_about(self, token: Secret, client: Client, origin: Origin, scope: Scope) -> Reply:
+        """
+        Answer a client about tokens for the audiences it may ask about, by live state.
+
+        Whatever is wrong, the answer is the same (§2.2); only when the database cannot say is there none.
+        """
+        if not client.introspect:
+            raise IntrospectionNotAllowed("The client may not introspect tokens.", reason="no_introspection")
+        claims = await self._read(token, client, origin, scope)
+        if claims is None:
+            return _INACTIVE
+        if not set(claims.audience).intersection(client.introspect):
+            scope["state"]["reason"] = "aud_wrong"
+            return _INACTIVE
+        if (reason := await self._db.run(lambda tx: self._tokens.ended(tx, claims))) is not None:
+            scope["state"]["reason"] = reason
+            return _INACTIVE
+        body = json.dumps({**_ACTIVE, **claims.claims, **_ACTIVE}, separators=(",", ":"))
+        return Reply(200, body.encode("ascii"), (JSON, *NO_STORE))
+
+
+_ACTIVE = {"active": True, "token_type": "Bearer"}  # stands first, and no claim can overrule it
+_INACTIVE = Reply(200, b'{"active":false}', (JSON, *NO_STORE))
 
 
 class DocumentEndpoint(ABC):
@@ -271,11 +365,15 @@ class MetadataEndpoint(DocumentEndpoint):
                 "issuer": issuer,
                 "token_endpoint": f"{issuer}/token",
                 "revocation_endpoint": f"{issuer}/revoke",
+                "introspection_endpoint": f"{issuer}/introspect",
                 "jwks_uri": f"{issuer}/.well-known/jwks.json",
                 "response_types_supported": [],
                 "grant_types_supported": list(grant_types),
                 "token_endpoint_auth_methods_supported": list(AUTH_METHODS),
                 "revocation_endpoint_auth_methods_supported": list(AUTH_METHODS),
+                "introspection_endpoint_auth_methods_supported": [
+                    method for method in AUTH_METHODS if method != NO_AUTHENTICATION
+                ],
                 "subject_types_supported": ["public"],
                 "id_token_signing_alg_values_supported": ["RS256"],
             }

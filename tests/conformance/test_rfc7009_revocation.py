@@ -1,12 +1,19 @@
-"""RFC 7009: a client gives a refresh token back, and the whole session ends."""
+"""RFC 7009: a client gives a token back; with a refresh token the whole session ends, an access token ends alone."""
 
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx2
 import pytest
+import redis.asyncio
+from sqlalchemy import select
 
-from tests.support.reading import refused
-from tests.support.service import Registered, Service
+from identity_service.infra.tables import revoked_tokens
+from identity_service.oauth.tokens import ANY_AUDIENCE
+from identity_service.verifier.core import LEEWAY
+from tests.support.races import blocked, held
+from tests.support.reading import refused, unverified_claims
+from tests.support.service import Registered, Service, running, test_settings
 
 DAY = 86400
 
@@ -136,12 +143,101 @@ async def test_a_wrong_hint_hides_nothing(service: Service, hint: str) -> None:
     refused(await service.refresh(client, tokens["refresh_token"]), "invalid_grant")
 
 
-@pytest.mark.rfc("7009", "2.2.1")
-async def test_an_access_token_cannot_be_revoked_yet(service: Service) -> None:
-    """Saying 200 to it would promise what does not happen."""
+@pytest.mark.rfc("7009", "2.1")
+@pytest.mark.parametrize("hint", ["access_token", "refresh_token", "nonsense"])
+async def test_a_revoked_access_token_is_dead_and_its_session_lives(service: Service, hint: str) -> None:
+    """Only that token: the session's other tokens go on."""
     client, tokens = await signed_in(service)
-    refused(await revoke(service, client, tokens["access_token"]), "unsupported_token_type")
+    later = (await service.refresh(client, tokens["refresh_token"])).json()
+    await ended(service, client, tokens["access_token"], token_type_hint=hint)
+    assert (await service.me(tokens["access_token"])).status_code == 401
+    assert (await service.me(later["access_token"])).status_code == 200
+    assert (await service.refresh(client, later["refresh_token"])).status_code == 200
+
+
+@pytest.mark.rfc("7009", "2.1")
+@pytest.mark.case("OPS-10")
+async def test_a_revoked_access_token_stays_dead(database_url: str, redis_url: str) -> None:
+    """After a restart, on another replica, and when Redis has forgotten everything."""
+    async with (
+        running(test_settings(database_url, redis_url=redis_url)) as one,
+        running(test_settings(database_url, redis_url=redis_url)) as other,
+    ):
+        client, tokens = await signed_in(one)
+        assert (await other.me(tokens["access_token"])).status_code == 200
+        await ended(one, client, tokens["access_token"])
+        assert (await other.me(tokens["access_token"])).status_code == 401
+    async with redis.asyncio.Redis.from_url(redis_url) as connection:
+        await connection.flushdb()
+    async with running(test_settings(database_url, redis_url=redis_url)) as restarted:
+        assert (await restarted.me(tokens["access_token"])).status_code == 401
+
+
+@pytest.mark.rfc("7009", "2.1")
+@pytest.mark.case("INT-08")
+async def test_another_clients_access_token_is_refused_and_lives_on(service: Service) -> None:
+    """Also for a public client that names nobody but itself."""
+    _, tokens = await signed_in(service)
+    for stranger in (await service.a_client(), await service.a_client(public=True)):
+        refused(await revoke(service, stranger, tokens["access_token"]), "invalid_grant")
     assert (await service.me(tokens["access_token"])).status_code == 200
+    assert await service.events("token.revoked") == []
+
+
+@pytest.mark.rfc("7009", "2.2")
+async def test_an_access_token_revoked_twice_is_audited_once(service: Service) -> None:
+    """By name, never by its text."""
+    client, tokens = await signed_in(service)
+    for _ in range(2):
+        await ended(service, client, tokens["access_token"])
+    (event,) = await service.events("token.revoked")
+    claims = unverified_claims(tokens["access_token"])
+    assert (event.actor, event.client_id, event.target) == (client.id, client.id, claims["jti"])
+    assert event.detail == {"subject": claims["sub"]}
+
+
+@pytest.mark.rfc("7009", "2.1")
+async def test_two_who_revoke_one_access_token_at_once_both_succeed(service: Service) -> None:
+    """The second waits for the first, finds it done, and writes nothing."""
+    client, tokens = await signed_in(service)
+    claims = service.services.issued.read(tokens["access_token"], audiences=ANY_AUDIENCE)
+    async with held(service) as first:
+        assert await service.services.issued.revoke(first.tx, claims)
+        second = await blocked(service, revoke(service, client, tokens["access_token"]))
+        await first.commit()
+        assert (await second).status_code == 200
+    assert await service.events("token.revoked") == []
+    assert (await service.me(tokens["access_token"])).status_code == 401
+
+
+@pytest.mark.rfc("7009", "2.2")
+async def test_an_access_token_that_is_no_more_is_revoked_without_complaint(service: Service) -> None:
+    """Expired, tampered with, ended with its session: the client wanted it gone, and gone it is. Nothing is kept."""
+    client, tokens = await signed_in(service)
+    await ended(service, client, tokens["access_token"][:-4] + "AAAA")
+    await ended(service, client, tokens["refresh_token"])
+    await ended(service, client, tokens["access_token"])
+    other = await service.sign_in(client, await service.a_user())
+    service.clock.advance(3600)
+    await ended(service, client, other["access_token"])
+    assert await service.execute(select(revoked_tokens)) == []
+
+
+async def test_revoked_tokens_are_forgotten_when_they_have_expired(service: Service) -> None:
+    """Not a second before anybody would still take them."""
+    client, tokens = await signed_in(service)
+    await ended(service, client, tokens["access_token"])
+    expires_at = unverified_claims(tokens["access_token"])["exp"]
+
+    async def forgotten() -> int:
+        return await service.within(lambda tx: service.services.issued.clean_up(tx, batch=10))
+
+    service.clock.set(datetime.fromtimestamp(expires_at + LEEWAY, UTC) - timedelta(milliseconds=1))
+    assert await forgotten() == 0
+    assert (await service.me(tokens["access_token"])).status_code == 401
+    service.clock.advance(0.001)
+    assert await forgotten() == 1
+    assert (await service.me(tokens["access_token"])).status_code == 401
 
 
 @pytest.mark.rfc("7009", "2.1")

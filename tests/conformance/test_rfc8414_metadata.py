@@ -49,7 +49,7 @@ async def test_every_endpoint_that_is_named_exists(embedded: Service) -> None:
     """And none is named that does not."""
     document = await metadata(embedded)
     endpoints = {name for name in document if name.endswith("_endpoint") or name == "jwks_uri"}
-    assert endpoints == {"token_endpoint", "revocation_endpoint", "jwks_uri"}
+    assert endpoints == {"token_endpoint", "revocation_endpoint", "introspection_endpoint", "jwks_uri"}
     for name in endpoints:
         assert document[name].startswith(document["issuer"] + "/")
         answer = await embedded.http.get(document[name])

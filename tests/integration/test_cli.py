@@ -434,8 +434,8 @@ def test_cleaning_up_deletes_what_has_expired_for_good(cli: Cli, folder: Path) -
             marks = ", ".join("?" * len(names))
             connection.execute(f"INSERT INTO refresh_families VALUES ({marks})", [values[name] for name in names])  # noqa: S608
     connection.close()
-    assert cli.json("cleanup", "--batch", "3") == {"refresh_families": 4}
-    assert cli.run("cleanup").out == "0 expired families deleted\n"
+    assert cli.json("cleanup", "--batch", "3") == {"refresh_families": 4, "revoked_tokens": 0}
+    assert cli.run("cleanup").out == "0 families and 0 revoked tokens deleted, all expired\n"
 
 
 # -- which database ---------------------------------------------------------------------------------------------------
@@ -461,7 +461,7 @@ def test_on_postgresql_the_commands_take_their_settings_from_the_environment(on_
     made = on_postgres.json("users", "create", "marie", "--email", "m@example.org", "--password-stdin", stdin=PASSWORD)
     client = on_postgres.json("clients", "create", "X", "--grant", "client_credentials")
     assert on_postgres.json("keys", "list")
-    assert on_postgres.json("cleanup") == {"refresh_families": 0}
+    assert on_postgres.json("cleanup") == {"refresh_families": 0, "revoked_tokens": 0}
     assert on_postgres.run("migrate").code == 0
     assert on_postgres.events() == [("user.created", made["id"]), ("client.created", client["client_id"])]
 

@@ -87,6 +87,7 @@ Asking = Callable[[], Awaitable[httpx2.Response]]
 
 async def every_request(service: Service, client: Registered, user: Any, tokens: dict[str, Any]) -> dict[str, Asking]:
     """Return everything that needs the database, by name."""
+    server = await service.a_client(grant_types=(), introspect=(ISSUER,))
     return {
         "password": lambda: service.token(client, grant_type="password", username=user.username, password=PASSWORD),
         "wrong password": lambda: service.token(client, grant_type="password", username=user.username, password="no"),
@@ -95,12 +96,15 @@ async def every_request(service: Service, client: Registered, user: Any, tokens:
         "wrong secret": lambda: service.token(Registered(client.id, "wrong"), grant_type="client_credentials"),
         "unknown client": lambda: service.token(Registered("cl_" + "0" * 22, "x"), grant_type="client_credentials"),
         "revoke": lambda: service.http.post("/revoke", data={"token": tokens["refresh_token"]}, auth=client.auth),
+        "revoke access token": lambda: service.revoke(client, tokens["access_token"]),
+        "introspect": lambda: service.introspect(server, tokens["access_token"]),
         "bearer": lambda: service.me(tokens["access_token"]),
     }
 
 
 @pytest.mark.rfc("7009", "2.2.1")
 @pytest.mark.case("OPS-01")
+@pytest.mark.case("INT-05")
 async def test_an_outage_of_the_database_is_told_as_such_and_ends_no_session(
     shaky: Service, postgres: LocalPostgres
 ) -> None:
@@ -132,6 +136,7 @@ async def test_an_outage_of_the_database_is_told_as_such_and_ends_no_session(
     postgres.start()
     await eventually_ready(shaky)
     assert (await requests["bearer"]()).status_code == 200
+    assert (await requests["introspect"]()).json()["active"] is True
     assert (await requests["client_credentials"]()).status_code == 200
     assert (await requests["wrong secret"]()).status_code == 401
     assert (await requests["unknown client"]()).status_code == 401
@@ -150,7 +155,8 @@ async def test_an_outage_between_the_client_and_the_grant_is_no_refusal_either(
     tokens = await shaky.sign_in(client, user)
     requests = await every_request(shaky, client, user, tokens)
     postgres.stop()
-    for name in ("password", "wrong password", "refresh_token", "revoke"):
+    await requests["introspect"]()
+    for name in ("password", "wrong password", "refresh_token", "revoke", "revoke access token", "introspect"):
         unavailable(await requests[name]())
     assert (await requests["client_credentials"]()).status_code == 200, "it needs nothing but the client and a key"
     postgres.start()
@@ -176,7 +182,7 @@ async def test_a_restart_of_the_database_is_noticed_once_for_all_connections(
 
 @pytest.mark.case("OPS-01")
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
-@pytest.mark.parametrize("name", ["password", "refresh_token", "client_credentials", "revoke", "bearer"])
+@pytest.mark.parametrize("name", ["password", "refresh_token", "client_credentials", "revoke", "introspect", "bearer"])
 async def test_a_restart_of_the_database_between_two_requests_costs_at_most_a_retry(
     shaky: Service, postgres: LocalPostgres, name: str, mode: Any
 ) -> None:

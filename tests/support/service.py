@@ -173,6 +173,14 @@ class Service:
         headers = {"idempotency-key": key} if key is not None else {}
         return await self.token(client, headers=headers, grant_type="refresh_token", refresh_token=token, **form)
 
+    async def introspect(self, client: Registered, token: str, **form: str) -> httpx2.Response:
+        """`POST /introspect`."""
+        return await self.http.post("/introspect", data={**client.form, "token": token, **form})
+
+    async def revoke(self, client: Registered, token: str, **form: str) -> httpx2.Response:
+        """`POST /revoke`."""
+        return await self.http.post("/revoke", data={**client.form, "token": token, **form})
+
     async def me(self, access_token: str) -> httpx2.Response:
         """`GET /v1/users/me`."""
         return await self.http.get("/v1/users/me", headers={"authorization": f"Bearer {access_token}"})

@@ -273,7 +273,7 @@ def test_every_route_of_the_api_asks_who_is_calling(tmp_path: Path) -> None:
 
 
 # The protocol's endpoints stand before the framework: these authenticate their client, and those are for everybody.
-_FOR_CLIENTS = {"/token", "/revoke"}
+_FOR_CLIENTS = {"/token", "/revoke", "/introspect"}
 _FOR_EVERYBODY = {
     *("/.well-known/jwks.json", "/.well-known/oauth-authorization-server", "/.well-known/openid-configuration"),
     *("/healthz", "/readyz"),

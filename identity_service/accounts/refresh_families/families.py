@@ -124,6 +124,20 @@ _ROTATE = (
     )
 )
 
+_LIVE = (
+    text(
+        """
+        SELECT f.id
+        FROM refresh_families f
+        JOIN users u ON u.id = f.user_id AND u.enabled AND u.epoch = f.user_epoch
+        JOIN clients c ON c.id = f.client_id AND c.enabled AND c.epoch = f.client_epoch
+        WHERE f.id = :id AND f.user_id = :user AND f.client_id = :client AND f.revoked_at IS NULL
+        """
+    )
+    .bindparams(bindparam("id", type_=Uuid()), bindparam("user", type_=Uuid()), bindparam("client", type_=String()))
+    .columns(id=Uuid())
+)
+
 
 @final
 class RefreshFamilies:
@@ -278,18 +292,10 @@ class RefreshFamilies:
         user_id: uuid.UUID = row.user_id
         return user_id
 
-    async def live(self, tx: Transaction, family_id: uuid.UUID, client_id: str) -> bool:
+    async def live(self, tx: Transaction, family_id: uuid.UUID, *, user_id: uuid.UUID, client_id: str) -> bool:
         """Return whether a family, its user and its client are all still good; what a bearer of its tokens needs."""
-        row = (await tx.execute(_with_owners(lock=False).where(refresh_families.c.id == family_id))).first()
-        if row is None:
-            return False
-        family = _state(row)
-        return (
-            not family.revoked
-            and family.client_id == client_id
-            and family.user_epoch == family.user_epoch_now
-            and family.client_epoch == family.client_epoch_now
-        )
+        row = await tx.fetch_hot(_LIVE, {"id": family_id, "user": user_id, "client": client_id})
+        return row is not None
 
     async def clean_up(self, tx: Transaction, *, batch: int) -> int:
         """Delete at most `batch` families past their absolute end; no token of theirs can be of use to anybody."""
@@ -351,18 +357,17 @@ def _family(
     return Family(family_id, user_id, token, tuple(scope.split()), covered, auth_time, tuple(amr.split()), role)
 
 
-def _with_owners(*, lock: bool = True) -> Select[Any]:
+def _with_owners() -> Select[Any]:
     """Return a SELECT of families with their owners as they are now, which locks the family's row and no other."""
     user_epoch = select(users.c.epoch).where(users.c.id == refresh_families.c.user_id, users.c.enabled)
     client_epoch = select(clients.c.epoch).where(clients.c.id == refresh_families.c.client_id, clients.c.enabled)
     role = select(users.c.role).where(users.c.id == refresh_families.c.user_id)
-    statement = select(
+    return select(
         refresh_families,
         user_epoch.scalar_subquery().label("user_epoch_now"),
         client_epoch.scalar_subquery().label("client_epoch_now"),
         role.scalar_subquery().label("role"),
-    )
-    return statement.with_for_update() if lock else statement
+    ).with_for_update()
 
 
 def _state(row: Row[Any]) -> FamilyState:
