@@ -110,11 +110,14 @@ HEADER_NAMES = (
 class Caller:
     """Makes requests: mostly good ones with something wrong about them, so that each gets as far as it can."""
 
-    def __init__(self, seed: int, clients: list[Registered], username: str, token: Callable[[], str]) -> None:
+    def __init__(
+        self, seed: int, clients: list[Registered], username: str, tokens: Callable[[], tuple[str, str]]
+    ) -> None:
+        """`tokens` returns an access and a refresh token that may still be good."""
         self._random = random.Random(seed)  # noqa: S311  # the point is that it is the same every time
         self._clients = clients
         self._username = username
-        self._token = token
+        self._tokens = tokens
 
     def body(self) -> bytes:
         """Return a form, or what was one."""
@@ -125,7 +128,8 @@ class Caller:
         pairs += [(key.encode(), value.encode()) for key, value in client.form.items()]
         if pick.random() < 0.8:
             pairs += [(b"username", self._username.encode()), (b"password", quote_plus(PASSWORD).encode())]
-            pairs += [(b"refresh_token", self._token().encode()), (b"token", self._token().encode())]
+            access, refresh = self._tokens()
+            pairs += [(b"refresh_token", refresh.encode()), (b"token", pick.choice((access, refresh)).encode())]
         if pick.random() < 0.2:
             known = quote_plus(pick.choice((ISSUER, SIBLING))).encode()
             pairs.append((b"resource", pick.choice((known, known, self._value()))))
@@ -213,6 +217,9 @@ def check(answer: WireAnswer, path: str) -> str:
     if answer.status == 200:
         if path == "/token":
             assert {"access_token", "token_type", "expires_in", "scope"} <= answer.json.keys()
+        elif path == "/introspect":
+            assert answer.json == {"active": False} or answer.json["active"] is True
+            return "active" if answer.json["active"] else "good"
         else:
             assert answer.body == b""
         return "good"
@@ -225,7 +232,7 @@ def check(answer: WireAnswer, path: str) -> str:
     assert body["error"] in CODES
     assert _DESCRIPTION.fullmatch(body["error_description"])
     assert answer.status == {"invalid_client": 401, "temporarily_unavailable": 429}.get(body["error"], answer.status)
-    assert answer.status in (400, 401, 413, 429)
+    assert answer.status in (400, 401, 413, 429) or (answer.status, path) == (403, "/introspect")
     return str(body["error"])
 
 
@@ -233,24 +240,31 @@ def check(answer: WireAnswer, path: str) -> str:
 @pytest.mark.case("TOK-11")
 async def test_no_request_at_all_is_answered_with_a_fault(service: Service) -> None:
     """The same thousands in each run; afterwards no connection is left in a transaction and everything still works."""
-    clients = [await service.a_client(), await service.a_client(public=True), await service.a_client(audiences=())]
+    clients = [
+        await service.a_client(introspect=(ISSUER,)),
+        await service.a_client(public=True),
+        await service.a_client(audiences=()),
+    ]
     user = await service.a_user()
-    tokens = [(await service.sign_in(clients[0], user))["refresh_token"]]
-    caller = Caller(SEED, clients, user.username, lambda: tokens[-1])
+    body = await service.sign_in(clients[0], user)
+    held = body["access_token"], body["refresh_token"]
+    caller = Caller(SEED, clients, user.username, lambda: held)
     seen: Counter[str] = Counter()
-    for number in range(2 * REQUESTS):
-        path = "/token" if number % 2 else "/revoke"
+    for number in range(3 * REQUESTS):
+        path = ("/token", "/revoke", "/introspect")[number % 3]
         pieces, headers, query = caller.pieces(caller.body()), caller.headers(), caller.query()
         answer = await send(service, path, pieces, headers=headers, query=query, peer=caller.peer())
         word = check(answer, path)
         seen[f"{path} {word}"] += 1
         if word == "good" and path == "/token" and "refresh_token" in answer.json:
-            tokens.append(answer.json["refresh_token"])
+            held = answer.json["access_token"], answer.json["refresh_token"]
         if number % 50 == 0:
             service.clock.advance(7)
     for word in ("good", "invalid_request", "invalid_client", "problem"):
         assert seen[f"/token {word}"] > 20, seen
         assert seen[f"/revoke {word}"] > 20, seen
+        assert seen[f"/introspect {word}"] > 20, seen
+    assert seen["/introspect active"] > 20, seen
     for word in ("invalid_grant", "invalid_scope", "invalid_target", "unsupported_grant_type", "unauthorized_client"):
         assert seen[f"/token {word}"] > 5, seen
     hanging = text(

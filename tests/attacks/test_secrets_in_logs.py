@@ -61,6 +61,7 @@ def prepared(database_url: str) -> tuple[str, str, str]:
             grant_types=("password", "refresh_token", "client_credentials"),
             scope=("account:read",),
             audiences=(ISSUER,),
+            introspect=(ISSUER,),
         )
         hashed = await services.users.prepare_password(Secret(PASSWORD), names=())
         async with services.db.transaction() as tx:
@@ -159,8 +160,11 @@ def drive(http: httpx2.Client, client_id: str, secret: str) -> Canaries:
         http.post("/token", data={**refresh, "refresh_token": first[:-1]}, auth=auth, headers={"idempotency-key": "x"})
     )
     other = granted(http.post("/token", data=sign_in, auth=auth))
-    refused(http.post("/revoke", data={"token": other["access_token"]}, auth=auth))
-    assert http.post("/revoke", data={"token": other["refresh_token"]}, auth=auth).status_code == 200
+    assert http.post("/introspect", data={"token": other["access_token"]}, auth=auth).json()["active"] is True
+    assert http.post("/revoke", data={"token": other["access_token"]}, auth=auth).status_code == 200
+    for token in (other["access_token"], other["refresh_token"], other["access_token"] + "A", KEY):
+        assert http.post("/introspect", data={"token": token}, auth=auth).json() == {"active": False}
+        assert http.post("/revoke", data={"token": token}, auth=auth).status_code == 200
     return canaries
 
 
@@ -288,7 +292,8 @@ def test_whatever_is_sent_each_event_is_one_line_of_our_own_words(database_url: 
                 http.post("/token", data=form, auth=(client_id, secret))
                 http.post("/token", data={"grant_type": text}, auth=(client_id, secret))
                 http.post("/token", data={"grant_type": "refresh_token", "client_id": text, "client_secret": text})
-                http.post("/revoke", data={"token": text, "token_type_hint": text}, auth=(client_id, secret))
+                for path in ("/revoke", "/introspect"):
+                    http.post(path, data={"token": text, "token_type_hint": text}, auth=(client_id, secret))
                 http.get("/" + quote(text[:1000], safe=""))
                 http.post("/token?x=" + quote(text[:1000], safe=""), data=form)
         for text in INJECTIONS[:9]:
@@ -316,8 +321,9 @@ def test_whatever_is_sent_each_event_is_one_line_of_our_own_words(database_url: 
     assert re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]", text) is None
     assert {line["level"] for line in lines} <= {"debug", "info", "warning"}
     requests = [line for line in lines if line["event"] == "request"]
-    assert len(requests) >= len(INJECTIONS) * 6
-    assert {line["route"] for line in requests} <= {"/token", "/revoke", "unmatched", "unknown host", "refused"}
+    assert len(requests) >= len(INJECTIONS) * 7
+    endpoints = {"/token", "/revoke", "/introspect"}
+    assert {line["route"] for line in requests} <= {*endpoints, "unmatched", "unknown host", "refused"}
     assert all(re.fullmatch("[0-9a-f]{16}", line["request_id"]) for line in requests)
     assert len({line["request_id"] for line in requests}) == len(requests)
     with psycopg.connect(database_url.replace("+psycopg", "")) as connection:

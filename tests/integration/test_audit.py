@@ -77,6 +77,19 @@ async def test_a_revocation_that_cannot_be_recorded_does_not_happen(service: Ser
 
 
 @pytest.mark.case("SEC-08")
+async def test_an_access_token_whose_revocation_cannot_be_recorded_lives_on(service: Service) -> None:
+    """No audit, no change; the client hears so, and may try again."""
+    client = await service.a_client()
+    token = (await service.sign_in(client, await service.a_user()))["access_token"]
+    await forbid(service, "event <> 'token.revoked'")
+    assert (await service.revoke(client, token)).status_code >= 500
+    assert (await service.me(token)).status_code == 200
+    await allow(service)
+    assert (await service.revoke(client, token)).status_code == 200
+    assert (await service.me(token)).status_code == 401
+
+
+@pytest.mark.case("SEC-08")
 async def test_a_reuse_that_cannot_be_recorded_gives_nothing_away(service: Service) -> None:
     """The end of the family is rolled back with its row; the old token still buys nothing."""
     client, user = await service.a_client(), await service.a_user()
