@@ -5,7 +5,7 @@ import secrets
 import uuid
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any, final
 
 from sqlalchemy import String, bindparam, delete, select, text
@@ -17,7 +17,7 @@ from identity_service.infra.database import Transaction
 from identity_service.infra.runtime import Clock
 from identity_service.infra.tables import UtcDateTime, revoked_tokens
 from identity_service.oauth.signing_keys import SigningKeys
-from identity_service.verifier.core import LEEWAY, TokenRefused, VerifiedClaims, prove, take_apart
+from identity_service.verifier.core import LATEST, LEEWAY, TokenRefused, VerifiedClaims, prove, take_apart
 
 ACCESS_TOKEN_TYP = "at+jwt"  # noqa: S105  # the JOSE header's word, RFC 9068 §2.1
 _JITTER = 0.05
@@ -147,13 +147,13 @@ class IssuedTokens:
                 return "identifier_malformed"
             if not await self._families.live(tx, family_id, user_id=user_id, client_id=client.id):
                 return "session_ended"
-        if not (claims.token_id.isascii() and claims.token_id.isprintable()):
-            return "identifier_malformed"
+        if "\0" in claims.token_id:
+            return "identifier_malformed"  # which PostgreSQL would refuse to look for
         return "token_revoked" if await tx.fetch_hot(_REVOKED, {"jti": claims.token_id}) is not None else None
 
     async def revoke(self, tx: Transaction, claims: VerifiedClaims) -> bool:
         """Let a token that `ended` found good be good no more; return False if somebody else just did the same."""
-        expires_at = datetime.fromtimestamp(claims.expires_at, UTC) + timedelta(seconds=LEEWAY)
+        expires_at = datetime.fromtimestamp(min(claims.expires_at + LEEWAY, LATEST), UTC)
         noted = await tx.fetch_hot(_REVOKE, {"jti": claims.token_id, "expires_at": expires_at})
         return noted is not None
 

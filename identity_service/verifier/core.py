@@ -23,7 +23,8 @@ LEEWAY = 30
 """Seconds by which clocks may differ."""
 LONGEST_KID = 128
 _LONGEST_TOKEN = 16 * 1024
-_LATEST = 253402300799  # the last second of the year 9999; numbers beyond it are no times
+_LONGEST_NAME = 128
+LATEST = 253402300799  # the last second of the year 9999; numbers beyond it are no times
 _FORBIDDEN_HEADERS = frozenset(("crit", "b64", "jwk", "jku", "x5u", "x5c", "zip", "enc"))
 _PADDING, _SHA256 = padding.PKCS1v15(), hashes.SHA256()
 
@@ -78,7 +79,7 @@ class VerifiedClaims:
     @property
     def scope(self) -> frozenset[str]:
         """What it allows."""
-        return frozenset(self.claims.get("scope", "").split())
+        return frozenset(filter(None, self.claims.get("scope", "").split(" ")))  # no other blank separates
 
     @property
     def roles(self) -> frozenset[str]:
@@ -229,10 +230,12 @@ def prove(
         raise TokenRefused("claim_malformed")
     if "roles" in claims and not _are_words(claims["roles"]):
         raise TokenRefused("claim_malformed")
-    for name in ("sub", "client_id", "jti"):
+    for name in ("jti", "sub", "client_id"):
         value = get(name)
-        if type(value) is not str or not value:
+        if type(value) is not str or not 0 < len(value) <= _LONGEST_NAME or not value.isascii():
             raise TokenRefused(f"{name}_missing_or_malformed")
+    if "cnf" in claims:
+        raise TokenRefused("cnf_not_supported")  # bound to a key that its bearer has not shown (RFC 7800)
     return VerifiedClaims(MappingProxyType(claims))
 
 
@@ -257,7 +260,7 @@ def _are_words(value: object) -> bool:
 
 
 def _time(value: object, name: str) -> float:
-    if (type(value) is int or type(value) is float) and 0 <= value <= _LATEST:
+    if (type(value) is int or type(value) is float) and 0 <= value <= LATEST:
         return value
     raise TokenRefused(f"{name}_missing_or_malformed")
 

@@ -10,7 +10,7 @@ from sqlalchemy import select
 
 from identity_service.infra.tables import revoked_tokens
 from identity_service.oauth.tokens import ANY_AUDIENCE
-from identity_service.verifier.core import LEEWAY
+from identity_service.verifier.core import LATEST, LEEWAY
 from tests.support.races import blocked, held
 from tests.support.reading import refused, unverified_claims
 from tests.support.service import Registered, Service, running, test_settings
@@ -278,3 +278,15 @@ async def test_revocation_is_a_post(service: Service) -> None:
     assert answer.status_code == 405
     assert answer.headers["allow"] == "POST"
     assert (await service.refresh(client, tokens["refresh_token"])).status_code == 200
+
+
+@pytest.mark.rfc("7009", "2.1")
+@pytest.mark.parametrize("changes", [{"exp": LATEST}, {"jti": "j" * 128}], ids=["no end", "longest name"])
+async def test_the_oddest_tokens_we_could_sign_can_be_revoked(service: Service, changes: dict[str, Any]) -> None:
+    """Whatever is accepted can be given back."""
+    client, tokens = await signed_in(service)
+    claims = {**unverified_claims(tokens["access_token"]), **changes}
+    odd = service.services.signing_keys.sign(claims, typ="at+jwt")
+    assert (await service.me(odd)).status_code == 200
+    await ended(service, client, odd)
+    assert (await service.me(odd)).status_code == 401
