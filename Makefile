@@ -9,10 +9,10 @@ STAMP  := $(VENV)/.installed
 export UV_PYTHON_DOWNLOADS = never
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check format bench migrate lock clean
+.PHONY: help install run test conformance torture prove-rotation check format bench migrate lock clean
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 # uv installs in a second; where it cannot be had, pip installs the same hashed files.
 $(STAMP): pyproject.toml requirements/dev.txt
@@ -34,6 +34,15 @@ run: $(STAMP) ## Serve on this machine with SQLite and a demo user (PORT=9000 to
 
 test: $(STAMP) ## Run the whole suite against real PostgreSQL and Redis (found or brought)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+conformance: $(STAMP) ## Run what proves a section of an RFC, and write docs/conformance.md
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m rfc --conformance
+
+torture: $(STAMP) ## Write docs/torture.json: forged and borderline tokens to try any verifier on
+	$(BIN)/python -m tests.contracts.torture
+
+prove-rotation: $(STAMP) ## Prove on two replicas, under load and with kills, that key rotation never hurts
+	$(BIN)/python -m tests.rotation
 
 check: $(STAMP) ## Lint, format, types and import contracts
 	$(BIN)/ruff check .

@@ -57,10 +57,20 @@ def _users_me(service: Service, connections: int) -> list[Call]:
     return [bearer_call("/v1/users/me", token)] * connections
 
 
+def _introspect(service: Service, connections: int) -> list[Call]:
+    """Ask about a user's tokens, another one on each connection; all are live, so the database is asked every time."""
+    person = service.create_user("bench-introspected")
+    return [
+        service.introspection_call(service.ask(service.sign_in_call(person), "access_token"))
+        for _ in range(connections)
+    ]
+
+
 OPERATIONS = (
     Operation("client_credentials", _client_credentials, '"access_token"'),
     Operation("refresh_token", _refresh_token, '"access_token"', carry="refresh_token"),
     Operation("jwks", _jwks, '"keys"'),
+    Operation("introspect", _introspect, '"active":true'),
     Operation("users_me", _users_me, "bench-reader"),
     # Argon2 runs in a bounded pool that refuses when its queue is full, so the load stays below it.
     Operation("password", _password, '"access_token"', connections=4),

@@ -1,4 +1,4 @@
-"""Tell the results: two tables for people, one JSON document for machines."""
+"""Tell the results: tables for people, one JSON document for machines."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Any
 
 from bench.machine import RsaSpeed
 from bench.measure import Result
+from bench.verifier import VERIFY, VERIFY_SYNC, Verification
 
 MEGABYTE = 1024 * 1024
 DISTURBED = 0.1
@@ -34,26 +35,21 @@ RATIO_TARGETS = {
     "client_credentials": Target("client_credentials, ratio to RSA signatures", 0.55, 0.72),
     "refresh_token": Target("refresh_token, ratio to RSA signatures", 0.23, 0.40),
     "jwks": Target("JWKS, ratio to RSA signatures", 3.0, 6.0),
+    "introspect": Target("introspection, ratio to RSA signatures", 0.5, 0.7),
 }
+VERIFIER_TARGETS = {name: Target(f"{name}, ratio to RSA verifications", 0.80, 0.90) for name in (VERIFY, VERIFY_SYNC)}
 MEMORY_TARGET = Target("memory of the worker under load (PSS), no password hashing", 110, 85, " MB", at_most=True)
 START_TARGET = Target("start to first token, existing database", 1.2, 0.5, " s", at_most=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """Everything one benchmark found out. `ceiling` is in requests per second, `starts` are in seconds."""
+class ServiceReport:
+    """What was found out about the running service. `ceiling` is in requests per second, `starts` are in seconds."""
 
-    rsa: Sequence[RsaSpeed]
     ceiling: float
     fsync_seconds: float
     starts: Sequence[float]
     results: Sequence[Result]
-    notes: Sequence[str]
-
-    @property
-    def signs_per_second(self) -> float:
-        """The yardstick: the median of the RSA measurements before, between and after the operations."""
-        return median(speed.per_second for speed in self.rsa)
 
     @property
     def pss_megabytes(self) -> float:
@@ -64,6 +60,30 @@ class Report:
         """
         return max((result.pss_bytes for result in self.results if result.name != "password"), default=0) / MEGABYTE
 
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything one benchmark found out; None stands for what was not asked for."""
+
+    rsa: Sequence[RsaSpeed]
+    verification: Verification | None
+    service: ServiceReport | None
+    notes: Sequence[str]
+
+    @property
+    def signs_per_second(self) -> float:
+        """The yardstick: the median of the RSA measurements before, between and after the operations."""
+        return median(speed.per_second for speed in self.rsa)
+
+    @property
+    def wrong(self) -> bool:
+        """Whether any answer was wrong."""
+        return any(result.wrong for result in self._results)
+
+    @property
+    def _results(self) -> Sequence[Result]:
+        return self.service.results if self.service else ()
+
     def as_json(self) -> dict[str, Any]:
         """Return plain data: rates per second, latencies and CPU times in microseconds, memory in bytes."""
         return {
@@ -72,11 +92,8 @@ class Report:
                 "signs_per_second": self.signs_per_second,
                 "measured": [speed.per_second for speed in self.rsa],
             },
-            "generator_ceiling_per_second": self.ceiling,
-            "fsync_us": self.fsync_seconds * 1e6,
-            "operations": {result.name: self._operation(result) for result in self.results},
-            "pss_bytes": max((result.pss_bytes for result in self.results), default=0),
-            "start_seconds": {"median": median(self.starts), "measured": list(self.starts)},
+            **({"verification": _verification_as_json(self.verification)} if self.verification else {}),
+            **(self._service_as_json(self.service) if self.service else {}),
             "targets": [
                 {
                     "what": target.label,
@@ -90,6 +107,15 @@ class Report:
             "notes": self._all_notes(),
         }
 
+    def _service_as_json(self, found: ServiceReport) -> dict[str, Any]:
+        return {
+            "generator_ceiling_per_second": found.ceiling,
+            "fsync_us": found.fsync_seconds * 1e6,
+            "operations": {result.name: self._operation(result) for result in found.results},
+            "pss_bytes": max((result.pss_bytes for result in found.results), default=0),
+            "start_seconds": {"median": median(found.starts), "measured": list(found.starts)},
+        }
+
     def as_text(self) -> str:
         """Return the tables as text."""
         rates = [speed.per_second for speed in self.rsa]
@@ -97,11 +123,8 @@ class Report:
             *(f"note: {note}" for note in self._all_notes()),
             f"{self.rsa[0].tool}: {self.signs_per_second:,.0f} signatures/s on the service's core"
             f" (median of {len(rates)}, {min(rates):,.0f}-{max(rates):,.0f})",
-            f"load generator ceiling: {self.ceiling:,.0f} requests/s",
-            f"fsync of 8 KiB beside the database: {self.fsync_seconds * 1e6:,.0f} µs",
-            "",
-            _table(_HEADINGS, [self._row(result) for result in self.results]),
-            _LEGEND,
+            *(_verification_as_text(self.verification) if self.verification else ()),
+            *(self._service_as_text(self.service) if self.service else ()),
             "",
             _table(
                 ("target", "measured", "required", "goal", ""),
@@ -117,16 +140,25 @@ class Report:
                 ],
             ),
         ]
-        for result in self.results:
+        for result in self._results:
             if result.wrong:
                 parts.append(f"\n{result.name}: {result.wrong} wrong answers, the first was:\n{result.complaint}")
         return "\n".join(parts)
+
+    def _service_as_text(self, found: ServiceReport) -> tuple[str, ...]:
+        return (
+            f"load generator ceiling: {found.ceiling:,.0f} requests/s",
+            f"fsync of 8 KiB beside the database: {found.fsync_seconds * 1e6:,.0f} µs",
+            "",
+            _table(_HEADINGS, [self._row(result) for result in found.results]),
+            _LEGEND,
+        )
 
     def _all_notes(self) -> list[str]:
         disturbed = [
             f"{result.name}: {result.disturbance:.0%} of a core went to processes that are none of ours; the rates are"
             " too low, the CPU times nearly right"
-            for result in self.results
+            for result in self._results
             if result.disturbance > DISTURBED
         ]
         return [*self.notes, *disturbed]
@@ -134,11 +166,16 @@ class Report:
     def _against_targets(self) -> list[tuple[Target, float]]:
         found = [
             (RATIO_TARGETS[result.name], self._ratio(result))
-            for result in self.results
+            for result in self._results
             if result.name in RATIO_TARGETS and not result.wrong
         ]
-        memory = [(MEMORY_TARGET, self.pss_megabytes)] if self.pss_megabytes else []
-        return [*found, *memory, (START_TARGET, median(self.starts))]
+        if self.verification:
+            found += [(target, self.verification.ratio(name)) for name, target in VERIFIER_TARGETS.items()]
+        if self.service and self.service.pss_megabytes:
+            found.append((MEMORY_TARGET, self.service.pss_megabytes))
+        if self.service:
+            found.append((START_TARGET, median(self.service.starts)))
+        return found
 
     def _ratio(self, result: Result) -> float:
         return result.per_second / self.signs_per_second
@@ -181,6 +218,31 @@ class Report:
         )
 
 
+def _verification_as_json(found: Verification) -> dict[str, Any]:
+    return {
+        name: {
+            "us": {"median": found.microseconds(name), "min": min(rounds), "max": max(rounds)},
+            "ratio": found.ratio(name),
+        }
+        for name, rounds in found.rounds.items()
+    }
+
+
+def _verification_as_text(found: Verification) -> tuple[str, ...]:
+    rows = [
+        (
+            name,
+            f"{found.microseconds(name):.1f}",
+            f"{min(rounds):.1f}-{max(rounds):.1f}",
+            f"{1e6 / found.microseconds(name):,.0f}",
+            f"{found.ratio(name):.2f}",
+        )
+        for name, rounds in found.rounds.items()
+    ]
+    return ("", _table(("checking a token", "CPU µs", "min-max", "tokens/s", "ratio"), rows), _VERIFICATION_LEGEND, "")
+
+
+_VERIFICATION_LEGEND = "ratio: to the bare RSA operation of the same round, which is in all of them"
 _LEGEND = (
     "ratio: req/s to RSA signatures/s; CPU: the worker's and the database's, per request;"
     " ratio by CPU: what the ratio would be if the worker kept its core busy"

@@ -25,6 +25,7 @@ from bench import machine
 from bench.load import Call
 from tests.support.servers import DURABLE, LocalPostgres, own_postgres
 
+ISSUER = "https://id.example"
 COMMAND = (str(Path(sys.executable).with_name("identity-service")),)
 START_PATIENCE_SECONDS = 30.0
 POLL_SECONDS = 0.002
@@ -36,7 +37,7 @@ class BenchError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """A confidential client that asks for tokens in its own name."""
+    """A confidential client."""
 
     client_id: str
     client_secret: str
@@ -70,7 +71,7 @@ class Service:
         self._environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("IDENTITY_")},
             "IDENTITY_ENVIRONMENT": "production",
-            "IDENTITY_ISSUER": "https://id.example",
+            "IDENTITY_ISSUER": ISSUER,
             "IDENTITY_ALLOWED_HOSTS": '["127.0.0.1"]',
             "IDENTITY_DATABASE_URL": database_url,
             "IDENTITY_MASTER_KEY": base64.b64encode(secrets.token_bytes(32)).decode(),
@@ -79,6 +80,7 @@ class Service:
         compileall.compile_dir(Path(identity_service.__file__).parent, quiet=1)
         self._command("migrate")
         self.client = Machine(**self._create_client("bench-machine", "--grant", "client_credentials"))
+        self.resource_server = Machine(**self._create_client("bench-resource-server", "--introspect", ISSUER))
         self.app: str = self._create_client(
             "bench-app", "--public", "--first-party", "--grant", "password", "--grant", "refresh_token"
         )["client_id"]
@@ -159,9 +161,11 @@ class Service:
 
     def machine_call(self) -> Call:
         """Ask for a token by client_credentials, authenticated by Basic."""
-        pair = f"{self.client.client_id}:{self.client.client_secret}"
-        basic = base64.b64encode(pair.encode()).decode()
-        return Call(_form_head("/token", f"Authorization: Basic {basic}"), "grant_type=client_credentials")
+        return Call(_form_head("/token", _basic(self.client)), "grant_type=client_credentials")
+
+    def introspection_call(self, access_token: str) -> Call:
+        """Ask, as a service that was shown a token, whether it is good and what it says (RFC 7662 §2.1)."""
+        return Call(_form_head("/introspect", _basic(self.resource_server)), f"token={access_token}")
 
     def sign_in_call(self, person: Person) -> Call:
         """Sign a user in by the password grant, through the public first-party client."""
@@ -219,6 +223,11 @@ def bearer_call(path: str, access_token: str) -> Call:
 def get_call(path: str) -> Call:
     """Get `path` as anybody."""
     return Call(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1")
+
+
+def _basic(client: Machine) -> str:
+    pair = f"{client.client_id}:{client.client_secret}"
+    return f"Authorization: Basic {base64.b64encode(pair.encode()).decode()}"
 
 
 def _form_head(path: str, *headers: str) -> str:
