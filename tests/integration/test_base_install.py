@@ -64,15 +64,19 @@ class BaseInstall:
 
     def run(self, program: str, *arguments: str) -> Any:
         """Run a program in the environment, a warning being an error, and return what it printed as JSON."""
-        done = subprocess.run(
-            [self._python, "-I", "-W", "error", "-c", program, *arguments],
+        done = self.python("-c", program, *arguments)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def python(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        """Run the environment's interpreter, a warning being an error."""
+        return subprocess.run(
+            [self._python, "-I", "-W", "error", *arguments],
             env={name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "IDENTITY_"))},
             capture_output=True,
             text=True,
             timeout=60,
         )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
 
 
 def _built_wheel(folder: Path) -> Path:
@@ -176,3 +180,11 @@ def test_every_module_of_the_verifier_can_be_imported_but_the_guard_for_fastapi(
     modules = sorted(path.stem for path in (_ROOT / "identity_service" / "verifier").glob("*.py"))
     names = [package, *(f"{package}.{module}" for module in modules if module != "__init__")]
     assert base.run(_IMPORT, *names) == {f"{package}.fastapi": "fastapi"}
+
+
+def test_the_command_says_that_it_needs_the_server(base: BaseInstall) -> None:
+    """It is installed with the verifier, since an extra cannot bring a command of its own."""
+    done = base.python("-m", "identity_service", "serve")
+    assert done.returncode == 1
+    assert "pip install identity-service[server]" in done.stderr
+    assert "Traceback" not in done.stderr

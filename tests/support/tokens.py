@@ -13,6 +13,9 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 class Omit:
     """Says that a header or a claim is to be left out."""
 
+    def __repr__(self) -> str:
+        return "OMIT"  # the same in every process, for the names of cases
+
 
 OMIT: Final = Omit()
 
