@@ -72,7 +72,7 @@ class Settings(BaseSettings):
     refusal_delay: float = Field(0.25, ge=0, le=5)
 
     signing_key_bits: Literal[2048, 3072, 4096] = 2048
-    signing_key_lead: int = Field(_DAY, ge=1800, le=30 * _DAY)
+    signing_key_lead: int = Field(_DAY, ge=1920, le=30 * _DAY)
     signing_key_period: int = Field(30 * _DAY, ge=3600, le=366 * _DAY)
     key_poll: float = Field(2.0, gt=0, le=5)
 

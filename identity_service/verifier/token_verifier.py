@@ -1,6 +1,7 @@
 """`TokenVerifier`: what a sibling service holds to check the tokens that callers bring."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -102,8 +103,8 @@ class TokenVerifier:
             found = self._keys.look(kid, waited=flights > 0)
             if not isinstance(found, Flight):
                 return found
-            landing = asyncio.wrap_future(found.landed)
-            await asyncio.wait((landing,), timeout=self._timeout)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.wrap_future(found.landed), self._timeout)
         return self._last_look(kid)
 
     def _key_sync(self, kid: str) -> rsa.RSAPublicKey:

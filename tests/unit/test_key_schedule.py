@@ -145,9 +145,9 @@ def test_a_compromised_next_key_is_replaced() -> None:
 
 
 def test_the_lead_is_never_less_than_two_cache_lives() -> None:
-    assert KeyPolicy(lead=SECOND).safe_lead == 30 * MINUTE
-    assert KeyPolicy(lead=MINUTE, cache=2 * HOUR).safe_lead == 4 * HOUR
-    assert KeyPolicy(lead=31 * MINUTE).safe_lead == 31 * MINUTE
+    assert KeyPolicy(lead=SECOND).safe_lead == 32 * MINUTE
+    assert KeyPolicy(lead=MINUTE, cache=2 * HOUR).safe_lead == 4 * HOUR + 2 * MINUTE
+    assert KeyPolicy(lead=33 * MINUTE).safe_lead == 33 * MINUTE
 
 
 def test_the_afterlife_covers_the_longest_token_the_leeway_a_cache_and_the_skew() -> None:

@@ -22,7 +22,7 @@ class KeyPolicy:
 
     bits: int = 2048
     lead: timedelta = timedelta(hours=24)
-    """How long a key is published before it signs; never less than twice `cache`."""
+    """How long a key is published before it signs; never less than `safe_lead`."""
     period: timedelta = timedelta(days=30)
     """How long a key signs."""
     cache: timedelta = timedelta(seconds=900)
@@ -31,11 +31,12 @@ class KeyPolicy:
     """The longest life any client's access tokens may be given."""
     leeway: timedelta = timedelta(seconds=30)
     skew: timedelta = timedelta(seconds=120)
+    """How far the replicas may be apart: their clocks, and when each of them has last read the schedule."""
 
     @property
     def safe_lead(self) -> timedelta:
-        """The lead that is really kept."""
-        return max(self.lead, 2 * self.cache)
+        """The lead that is really kept: a cache behind a cache, and a replica that publishes the key late."""
+        return max(self.lead, 2 * self.cache + self.skew)
 
     @property
     def afterlife(self) -> timedelta:
