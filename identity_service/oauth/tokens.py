@@ -17,7 +17,7 @@ from identity_service.infra.database import Transaction
 from identity_service.infra.runtime import Clock
 from identity_service.infra.tables import UtcDateTime, revoked_tokens
 from identity_service.oauth.signing_keys import SigningKeys
-from identity_service.verifier.core import LATEST, LEEWAY, TokenRefused, VerifiedClaims, prove, take_apart
+from identity_service.verifier.core import LATEST, LEEWAY, VerifiedClaims, verify
 
 ACCESS_TOKEN_TYP = "at+jwt"  # noqa: S105  # the JOSE header's word, RFC 9068 §2.1
 _JITTER = 0.05
@@ -121,12 +121,8 @@ class IssuedTokens:
 
     def read(self, token: str, *, audiences: Container[str]) -> VerifiedClaims:
         """Return the claims of a token for one of `audiences`; raises TokenRefused. Asks no database."""
-        parts = take_apart(token)
-        key = self._keys.public_key(parts[0])
-        if key is None:
-            raise TokenRefused("kid_unknown")
         now = self._clock.now().timestamp()
-        return prove(parts, key, issuer=self.issuer, audiences=audiences, now=now, leeway=LEEWAY)
+        return verify(token, key_of=self._keys.public_key, issuer=self.issuer, audiences=audiences, now=now)
 
     async def ended(self, tx: Transaction, claims: VerifiedClaims) -> str | None:
         """

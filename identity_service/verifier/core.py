@@ -270,12 +270,12 @@ def verify(
     *,
     key_of: Callable[[str], rsa.RSAPublicKey | None],
     issuer: str,
-    audience: str,
+    audiences: Container[str],
     now: float,
     leeway: float = LEEWAY,
 ) -> VerifiedClaims:
     """
-    Return the claims of an access token meant for `audience`, or raise TokenRefused.
+    Return the claims of an access token meant for one of `audiences`, or raise TokenRefused.
 
     `key_of` finds a published key by its id; `now` is in seconds since 1970, `leeway` in seconds.
     """
@@ -283,4 +283,4 @@ def verify(
     key = key_of(parts[0])
     if key is None:
         raise TokenRefused("kid_unknown")
-    return prove(parts, key, issuer=issuer, audiences=(audience,), now=now, leeway=leeway)
+    return prove(parts, key, issuer=issuer, audiences=audiences, now=now, leeway=leeway)

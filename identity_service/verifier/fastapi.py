@@ -29,8 +29,9 @@ class Protect:
     def __init__(self, issuer: str, audience: str, *, name: str = "identity_service", **options: Any) -> None:
         """Take what `TokenVerifier` takes; `name` is the security scheme's in the OpenAPI document."""
         self.verifier = TokenVerifier(issuer, audience, **options)
-        password = OAuthFlowPassword(tokenUrl=f"{issuer}/token")
-        client_credentials = OAuthFlowClientCredentials(tokenUrl=f"{issuer}/token")
+        token_url = f"{issuer.rstrip('/')}/token"
+        password = OAuthFlowPassword(tokenUrl=token_url)
+        client_credentials = OAuthFlowClientCredentials(tokenUrl=token_url)
         self._documented = (password.scopes, client_credentials.scopes)
         scheme = OAuth2(
             flows=OAuthFlows(password=password, clientCredentials=client_credentials),

@@ -117,7 +117,8 @@ def lifetimes(headers: Mapping[str, str]) -> tuple[float, float]:
     ask for every token, and from above by what the issuer's schedule allows for.
     """
     control = headers.get("cache-control", "")
-    told = {name.lower(): float(seconds) for name, seconds in _DIRECTIVE.findall(control)}
+    # Of two of a kind the first counts (RFC 9111 §4.2.1).
+    told = {name.lower(): float(seconds) for name, seconds in reversed(_DIRECTIVE.findall(control))}
     max_age = told.get("max-age", _DEFAULT_MAX_AGE)
     if re.search(r"\bno-(?:store|cache)\b", control, re.IGNORECASE):
         max_age, told = 0.0, {}
@@ -149,24 +150,27 @@ class JwksSource:
 
         Raises BadKeySet, httpx2.HTTPError, OSError, TimeoutError.
         """
-        return asyncio.run(self._fetch(past_caches))
+        loop = asyncio.new_event_loop()
+        try:
+            return loop.run_until_complete(self._fetch(past_caches))
+        finally:
+            loop.close()  # without waiting for a name that takes long to resolve, as `asyncio.run` would
 
     async def _fetch(self, past_caches: bool) -> Fetched:
         headers = {"accept": "application/json", "accept-encoding": "identity"}
         if past_caches:
             headers["cache-control"] = "no-cache"
-        # A connection of its own each time, minutes apart: nothing to go stale, and a new address is noticed.
-        async with asyncio.timeout(self._timeout), httpx2.AsyncClient(headers=headers, timeout=self._timeout) as http:
-            uri = self._fixed_uri or self._found_uri or await self._discover(http)
+        async with asyncio.timeout(self._timeout):
+            uri = self._fixed_uri or self._found_uri or await self._discover(headers)
             self._found_uri = None  # unless it serves its purpose, it is looked for anew the next time
-            told, document = await _get(http, uri)
+            told, document = await _get(uri, headers)
         fetched = Fetched(read_key_set(document), *lifetimes(told))
         self._found_uri = uri
         return fetched
 
-    async def _discover(self, http: httpx2.AsyncClient) -> str:
+    async def _discover(self, headers: Mapping[str, str]) -> str:
         """Return the issuer's `jwks_uri` (RFC 8414 §3); the metadata must be the issuer's own (§3.3)."""
-        _, document = await _get(http, self._metadata_url)
+        _, document = await _get(self._metadata_url, headers)
         try:
             metadata = read_object(document.strip())
             if metadata.get("issuer") != self._issuer:
@@ -176,9 +180,17 @@ class JwksSource:
             raise BadKeySet("the metadata is malformed, or names no jwks_uri that can be trusted") from None
 
 
-async def _get(http: httpx2.AsyncClient, url: str) -> tuple[Mapping[str, str], bytes]:
-    """Return an answer's headers and its body, which is small and not compressed; raises BadKeySet."""
-    async with http.stream("GET", url) as answer:
+async def _get(url: str, headers: Mapping[str, str]) -> tuple[Mapping[str, str], bytes]:
+    """
+    Return an answer's headers and its body, which is small and not compressed; raises BadKeySet.
+
+    The connection is a new one each time: minutes apart, there is nothing to gain from keeping it, and a new address
+    is noticed. A proxy that the environment names is used where TLS keeps it from changing the answer.
+    """
+    async with (
+        httpx2.AsyncClient(headers=headers, timeout=None, trust_env=url.startswith("https:")) as http,
+        http.stream("GET", url) as answer,
+    ):
         if answer.status_code != 200:
             raise BadKeySet(f"{url} answered {answer.status_code}")
         body = b""

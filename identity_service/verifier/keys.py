@@ -86,15 +86,15 @@ class KeyCache:
         """
         Return the key of that id, or the fetch to wait for before looking again.
 
-        `waited` says that the caller has waited for a fetch already. Raises TokenRefused for an id that the issuer
-        does not publish, KeysUnavailable where nobody can tell.
+        `waited` says that the caller has waited for a fetch already: once is what overdue keys are worth. Raises
+        TokenRefused for an id that the issuer does not publish, KeysUnavailable where nobody can tell.
         """
-        now = self._clock()
         with self._lock:
+            now = self._clock()  # not before: what is held now could be newer than that
             held = self._held
             if now >= held.dead_at:
                 return self._flight or self._start_unless_failed(now)
-            if not held.since <= now < held.overdue_at and not self._failures:
+            if not held.since <= now < held.overdue_at and not self._failures and not waited:
                 return self._flight or self._start(now)
             if not held.since <= now < held.refresh_at and not self._flight and self._may_try(now):
                 self._start(now)
@@ -119,7 +119,7 @@ class KeyCache:
 
     def _may_try(self, now: float) -> bool:
         """Return whether the issuer may be asked again after it failed: after 1, 2, 4 … 30 seconds."""
-        pause = min(2.0 ** (self._failures - 1), _LONGEST_BACKOFF)
+        pause = min(2.0 ** min(self._failures - 1, 5), _LONGEST_BACKOFF)
         return not self._failures or not _within(now, self._failed_at, pause)
 
     def _start_unless_failed(self, now: float) -> Flight:

@@ -1,7 +1,6 @@
 """`TokenVerifier`: what a sibling service holds to check the tokens that callers bring."""
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -63,7 +62,7 @@ class TokenVerifier:
                 " (profile, sessions, administration) must be worth nothing anywhere else, or every service that sees"
                 " one could act there as its bearer"
             )
-        if not 0 <= leeway <= _LONGEST_LEEWAY or max_stale < 0 or timeout <= 0:
+        if not (0 <= leeway <= _LONGEST_LEEWAY and max_stale >= 0 and timeout > 0):  # which no NaN passes
             raise ValueError(f"leeway: 0 to {_LONGEST_LEEWAY} seconds; max_stale: not negative; timeout: positive")
         self.issuer = issuer
         self.audience = audience
@@ -103,8 +102,10 @@ class TokenVerifier:
             found = self._keys.look(kid, waited=flights > 0)
             if not isinstance(found, Flight):
                 return found
-            with contextlib.suppress(TimeoutError):
+            try:
                 await asyncio.wait_for(asyncio.wrap_future(found.landed), self._timeout)
+            except TimeoutError:
+                break
         return self._last_look(kid)
 
     def _key_sync(self, kid: str) -> rsa.RSAPublicKey:

@@ -197,7 +197,7 @@ def by_ourselves(token: str, jwks: bytes, audience: str) -> dict[str, Any]:
     """As a sibling does with our own verifier's core."""
     keys = pyjwt.PyJWKSet.from_json(jwks.decode())
     found = {key.key_id: key.key for key in keys.keys}
-    read = verify(token, key_of=found.get, issuer=ISSUER, audience=audience, now=datetime.now(UTC).timestamp())
+    read = verify(token, key_of=found.get, issuer=ISSUER, audiences=(audience,), now=datetime.now(UTC).timestamp())
     return dict(read.claims)
 
 

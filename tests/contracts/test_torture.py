@@ -171,7 +171,7 @@ def test_the_core_gives_each_case_its_verdict() -> None:
     for audience, among in ((AUDIENCE, cases()), (ISSUER, own_cases())):
 
         def read(token: str, audience: str = audience) -> VerifiedClaims:
-            return verify(token, key_of=keys.get, issuer=ISSUER, audience=audience, now=NOW)
+            return verify(token, key_of=keys.get, issuer=ISSUER, audiences=(audience,), now=NOW)
 
         assert disagreements(reason, {case.id: verdict(read, case.token) for case in among}, among) == []
 
@@ -180,7 +180,7 @@ def test_a_token_of_two_million_letters_is_not_read() -> None:
     """Although nothing else is wrong with it; such a one would only make the published file large."""
     keys = usable_keys()
     with pytest.raises(TokenRefused, match="malformed"):
-        verify(enormous(AUDIENCE), key_of=keys.get, issuer=ISSUER, audience=AUDIENCE, now=NOW)
+        verify(enormous(AUDIENCE), key_of=keys.get, issuer=ISSUER, audiences=(AUDIENCE,), now=NOW)
 
 
 def enormous(audience: str) -> str:

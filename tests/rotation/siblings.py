@@ -145,7 +145,7 @@ class StubbornSibling:
         if self._time.now >= self._use_until:
             await self._renew()
         try:
-            verify(token, key_of=self._keys.get, issuer=self._issuer, audience=self._audience, now=self._time.now)
+            verify(token, key_of=self._keys.get, issuer=self._issuer, audiences=(self._audience,), now=self._time.now)
         except TokenRefused as refused:
             return refused.reason
         return None

@@ -82,6 +82,7 @@ class Issuer:
 
     def __init__(self, path: str = "") -> None:
         self.kids = ["k1"]
+        self.cached: bytes | None = None  # the key set that a cache on the way gives to whoever does not ask past it
         self.asked: list[Asked] = []
         self._path = path
         self._answers: dict[str, Answer] = {}
@@ -199,6 +200,8 @@ class Issuer:
         with self._lock:
             self.asked.append(Asked(request.path, request.headers))
         answer = self._answers.get(request.path, Answer())
+        if request.path == JWKS and self.cached and request.headers["cache-control"] != "no-cache":
+            answer = Answer(body=self.cached)
         self._may_answer.wait(_LONGEST_HANG)
         self._closed.wait(answer.delay)
         if answer.how == "when told":

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from identity_service.cli import app
 from identity_service.settings import Settings
+from tests.support.matrix import PAGE, in_order, marks_in, proofs_on
 
 _ROOT = Path(__file__).parents[2]
 _README = (_ROOT / "README.md").read_text("utf-8")
@@ -37,3 +38,9 @@ def test_every_decision_is_in_the_index() -> None:
     folder = _ROOT / "docs" / "decisions"
     linked = set(re.findall(r"\]\((\d{4}[^)]+)\)", (folder / "README.md").read_text("utf-8")))
     assert linked == {path.name for path in folder.glob("[0-9]*.md")}
+
+
+def test_the_conformance_page_lists_what_the_tests_say_they_prove() -> None:
+    """Every section with every test that is marked with it, and nothing that is gone."""
+    listed, marked = proofs_on((_ROOT / PAGE).read_text("utf-8")), marks_in(_ROOT / "tests")
+    assert in_order(listed ^ marked) == [], "run make conformance"

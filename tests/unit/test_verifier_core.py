@@ -37,7 +37,7 @@ CLAIMS: dict[str, Any] = {
 
 def read(token: str, *, now: float = NOW, audience: str = SIBLING) -> VerifiedClaims:
     keys = {"k1": KEY.public_key()}
-    return verify(token, key_of=keys.get, issuer=ISSUER, audience=audience, now=now)
+    return verify(token, key_of=keys.get, issuer=ISSUER, audiences=(audience,), now=now)
 
 
 def token(header: dict[str, Any] | None = None, claims: dict[str, Any] | None = None) -> str:
@@ -64,6 +64,35 @@ def test_a_good_token_says_what_it_says() -> None:
     assert claims.session_id == "s"
     assert claims.claims["roles"] == ["user"]
     assert "roles" not in repr(claims)
+
+
+def test_what_a_token_does_not_say_is_empty() -> None:
+    claims = read(token(claims={"scope": OMIT}))
+    assert (claims.scope, claims.roles, claims.session_id) == (frozenset(), frozenset(), None)
+    assert read(token(claims={"roles": []})).roles == frozenset()
+    assert read(token(claims={"roles": ["user", "admin", "user"]})).roles == {"user", "admin"}
+    assert read(token(claims={"scope": " a  b "})).scope == {"a", "b"}
+
+
+def test_what_was_checked_cannot_be_changed_afterwards() -> None:
+    claims = read(token())
+    for name in ("subject", "scope", "claims", "anything"):
+        with pytest.raises((AttributeError, TypeError)):
+            setattr(claims, name, "somebody else")
+    with pytest.raises(TypeError):
+        claims.claims["sub"] = "somebody else"  # type: ignore[index]
+    with pytest.raises(TypeError):
+        del claims.claims["exp"]  # type: ignore[attr-defined]
+    assert claims == read(token())
+    assert claims.subject == "cl_x"
+
+
+def test_what_is_printed_of_a_token_names_the_parties_and_says_nothing_about_them() -> None:
+    """It ends up in logs."""
+    said = {"sub": "user-1", "sid": "s-4711", "roles": ["admin"], "email": "a@b.example", "name": "Ada", "jti": "j-1"}
+    claims = read(token(claims=said))
+    assert repr(claims) == f"VerifiedClaims(subject='user-1', client_id='cl_x', audience=('{SIBLING}',))"
+    assert str(claims) == f"{claims}" == repr(claims)
 
 
 @pytest.mark.rfc("9068", "4")
@@ -147,6 +176,10 @@ CLAIM_ROWS: list[tuple[str, dict[str, Any], str]] = [
     *(("", {"jti": value}, "jti_missing_or_malformed") for value in (OMIT, None, "", 7)),
     *(("", {"scope": value}, "claim_malformed") for value in (None, 7, ["orders:read"])),
     *(("", {"sid": value}, "claim_malformed") for value in (7, ["s"], {})),
+    *(
+        ("", {"roles": value}, "claim_malformed")
+        for value in (None, "admin", 7, True, {"admin": True}, [7], [None], ["user", None], [["admin"]], [True])
+    ),
 ]
 
 
@@ -359,3 +392,57 @@ def test_the_keys_digest_is_no_way_in() -> None:
     """A token that names its key by anything but its id is not looked at."""
     thumbprint = b64(hashlib.sha256(b"x").digest())
     assert reason(token({"kid": OMIT, "x5t#S256": thumbprint})) == "kid_malformed"
+
+
+# -- headers are remembered -------------------------------------------------------------------------------------------
+
+FORBIDDEN = [{"alg": "none"}, {"alg": "HS256"}, {"jku": "https://evil.example"}, {"typ": "JWT"}, {"kid": 7}]
+
+
+@pytest.mark.case("JWT-04")
+@pytest.mark.parametrize("change", FORBIDDEN, ids=str)
+def test_a_header_that_was_refused_stays_refused(change: dict[str, Any]) -> None:
+    first = reason(token(change))
+    assert read(token())
+    assert [reason(token(change)) for _ in range(3)] == [first] * 3
+
+
+@pytest.mark.rfc("8725", "3.10")
+def test_a_header_that_is_known_vouches_for_nothing() -> None:
+    """All tokens of a key have the same header; it is read once, and the rest of each token every time."""
+    header = {"alg": "RS256", "typ": "at+jwt", "kid": "k1", "x": "of a forger who came first"}
+    forged, genuine = compact(header, CLAIMS, OTHER_KEY), compact(header, CLAIMS, KEY)
+    assert [reason(forged) for _ in range(2)] == ["signature_wrong"] * 2
+    assert read(genuine)
+    assert reason(forged) == "signature_wrong"
+    assert reason(".".join((*genuine.split(".")[:2], ""))) == "signature_wrong"
+    assert reason(compact(header, {**CLAIMS, "exp": 0}, KEY)) == "expired"
+    assert reason(compact(header, {**CLAIMS, "aud": "https://billing.example"}, KEY)) == "aud_wrong"
+    assert read(genuine)
+
+
+@pytest.mark.case("JWT-08")
+def test_a_header_that_is_known_keeps_no_key_alive() -> None:
+    """Which key its name stands for is asked anew for each token."""
+    genuine = token()
+    assert read(genuine)
+    others: dict[str, Any] = {"issuer": ISSUER, "audiences": (SIBLING,), "now": NOW}
+    with pytest.raises(TokenRefused, match="kid_unknown"):
+        verify(genuine, key_of=lambda kid: None, **others)
+    with pytest.raises(TokenRefused, match="signature_wrong"):
+        verify(genuine, key_of=lambda kid: OTHER_KEY.public_key(), **others)
+    asked: list[str] = []
+    for _ in range(3):
+        verify(genuine, key_of=lambda kid: asked.append(kid) or KEY.public_key(), **others)
+    assert asked == ["k1"] * 3
+
+
+def test_headers_by_the_thousand_push_nothing_good_out_of_place() -> None:
+    genuine = token()
+    assert read(genuine)
+    _, payload, signature = genuine.split(".")
+    for number in range(1000):
+        header = b64(json.dumps({**HEADER, "kid": f"stranger-{number}"}).encode())
+        assert reason(f"{header}.{payload}.{signature}") == "kid_unknown"
+    assert read(genuine)
+    assert reason(compact({**HEADER, "kid": "stranger-999"}, CLAIMS, KEY)) == "kid_unknown"
