@@ -104,6 +104,13 @@ def compromise(
         hit = await services.signing_keys.compromise(tx, chosen, spare)
         for name in hit:
             await services.audit.record(tx, "key.compromised", origin=None, actor=ACTOR, target=name)
+        made = {key.kid for key in spare}
+        for record, _ in await services.signing_keys.describe(tx):
+            if record.kid in made:
+                detail = {"activates_at": record.activates_at.isoformat()}
+                await services.audit.record(
+                    tx, "key.created", origin=None, actor=ACTOR, target=record.kid, detail=detail
+                )
         return hit, await _schedule(services, tx)
 
     bits = settings_for(data_dir).signing_key_bits

@@ -39,6 +39,9 @@ from identity_service.web.errors import as_oauth, oauth_reply
 from identity_service.web.forms import ClientGone, Form, check_media_type, parse_form, read_body, refuse_query
 
 _SHORTEST_KEY, _LONGEST_KEY = 16, 255
+_FOREIGN = "The token was not issued to this client."
+_ACTIVE = {"active": True, "token_type": "Bearer"}
+_INACTIVE = Reply(200, b'{"active":false}', (JSON, *NO_STORE))
 _JWKS_CACHE = b"public, max-age=300, stale-while-revalidate=600, stale-if-error=3600"
 
 
@@ -280,9 +283,6 @@ class RevocationEndpoint(PresentedTokenEndpoint):
         )
 
 
-_FOREIGN = "The token was not issued to this client."
-
-
 @final
 class IntrospectionEndpoint(PresentedTokenEndpoint):
     """`POST /introspect` (RFC 7662): what an access token says, while it is good in every respect."""
@@ -304,12 +304,9 @@ class IntrospectionEndpoint(PresentedTokenEndpoint):
         if (reason := await self._db.run(lambda tx: self._tokens.ended(tx, claims))) is not None:
             scope["state"]["reason"] = reason
             return _INACTIVE
+        # First because it matters most, and last because no claim may overrule it.
         body = json.dumps({**_ACTIVE, **claims.claims, **_ACTIVE}, separators=(",", ":"))
         return Reply(200, body.encode("ascii"), (JSON, *NO_STORE))
-
-
-_ACTIVE = {"active": True, "token_type": "Bearer"}  # stands first, and no claim can overrule it
-_INACTIVE = Reply(200, b'{"active":false}', (JSON, *NO_STORE))
 
 
 class DocumentEndpoint(ABC):
