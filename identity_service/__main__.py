@@ -11,8 +11,8 @@ def main() -> None:
         if str(missing.name).startswith("identity_service"):
             raise  # a fault of ours
         sys.exit(
-            f"identity-service: {missing.name} is not here; the server and its commands come with"
-            " `pip install identity-service[server]`, this is the verifier alone"
+            f"identity-service: {missing.name} is not here; the server and its commands come with this package's"
+            " extra `server`, and this is the verifier alone"
         )
     run()
 

@@ -260,9 +260,11 @@ class Clients:
 
         Disabling moves its epoch on: its families and its own tokens die with it, and enabling does not revive them.
         """
-        values: dict[str, Any] = {"enabled": enabled, "updated_at": self._clock.now()}
+        now = self._clock.now()
+        values: dict[str, Any] = {"enabled": enabled, "updated_at": now}
         if not enabled:
-            values |= {"epoch": clients.c.epoch + 1, "epoch_at": self._clock.now()}
+            # Tokens say when they were issued in whole seconds; those of this very second shall be dead as well.
+            values |= {"epoch": clients.c.epoch + 1, "epoch_at": now + timedelta(seconds=1)}
         changed = await tx.execute(
             update(clients).where(clients.c.id == client_id).values(values).returning(clients.c.id)
         )

@@ -2,7 +2,7 @@
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -12,7 +12,7 @@ from identity_service.cli.common import ACTOR, AsJson, DataDir, Refused, opened,
 from identity_service.infra import telemetry
 from identity_service.infra.database import Transaction
 from identity_service.main import Services
-from identity_service.oauth.signing_keys import KeyRecord, KeyState, NoUsableKey
+from identity_service.oauth.signing_keys import KeyRecord, KeyState, NewKey, NoUsableKey
 from identity_service.oauth.signing_keys.material import generate
 
 app = typer.Typer(help="Signing keys and the master key.", no_args_is_help=True, rich_markup_mode=None)
@@ -57,27 +57,39 @@ def list_keys(as_json: AsJson = False, data_dir: DataDir = None) -> None:
 def rotate(as_json: AsJson = False, data_dir: DataDir = None) -> None:
     """Let the next key sign as early as is safe, and say when that is."""
 
-    async def work(services: Services, tx: Transaction) -> KeyRecord:
-        try:
-            chosen = await services.signing_keys.rotate(tx)
-        except NoUsableKey:
-            raise Refused("no key is waiting; a running server makes one within seconds") from None
-        await services.audit.record(
-            tx,
-            "key.rotation_scheduled",
-            origin=None,
-            actor=ACTOR,
-            target=chosen.kid,
-            detail={"activates_at": chosen.activates_at.isoformat()},
-        )
-        return chosen
-
-    chosen = run(data_dir, work, keys=True)
+    chosen = run(data_dir, bring_forward, keys=True)
     say(
         _shown(chosen, KeyState.NEXT),
         f"{chosen.kid} signs from {chosen.activates_at.isoformat()}; caches will have it by then",
         as_json=as_json,
     )
+
+
+async def bring_forward(services: Services, tx: Transaction) -> KeyRecord:
+    """Let the waiting key sign as early as is safe, and record it; return it. Raises Refused where none is waiting."""
+    try:
+        chosen = await services.signing_keys.rotate(tx)
+    except NoUsableKey:
+        raise Refused("no key is waiting; a running server makes one within seconds") from None
+    await _record(services, tx, "key.rotation_scheduled", chosen)
+    return chosen
+
+
+async def withdraw(services: Services, tx: Transaction, kids: Sequence[str], spare: Sequence[NewKey]) -> list[str]:
+    """Take compromised keys out of use, put others in their place as needed, and record it; return those that went."""
+    gone = await services.signing_keys.compromise(tx, kids, spare)
+    for kid in gone:
+        await services.audit.record(tx, "key.compromised", origin=None, actor=ACTOR, target=kid)
+    made = {key.kid for key in spare}
+    for record, _ in await services.signing_keys.describe(tx):
+        if record.kid in made:
+            await _record(services, tx, "key.created", record)
+    return gone
+
+
+async def _record(services: Services, tx: Transaction, event: str, key: KeyRecord) -> None:
+    detail = {"activates_at": key.activates_at.isoformat()}
+    await services.audit.record(tx, event, origin=None, actor=ACTOR, target=key.kid, detail=detail)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})  # an id may begin with a hyphen
@@ -101,17 +113,7 @@ def compromise(
         chosen = in_use if kid is None else [kid]
         if not set(chosen) <= states.keys():
             raise Refused("there is no such key")
-        hit = await services.signing_keys.compromise(tx, chosen, spare)
-        for name in hit:
-            await services.audit.record(tx, "key.compromised", origin=None, actor=ACTOR, target=name)
-        made = {key.kid for key in spare}
-        for record, _ in await services.signing_keys.describe(tx):
-            if record.kid in made:
-                detail = {"activates_at": record.activates_at.isoformat()}
-                await services.audit.record(
-                    tx, "key.created", origin=None, actor=ACTOR, target=record.kid, detail=detail
-                )
-        return hit, await _schedule(services, tx)
+        return await withdraw(services, tx, chosen, spare), await _schedule(services, tx)
 
     bits = settings_for(data_dir).signing_key_bits
     spare = [generate(bits), generate(bits)]  # before any lock is taken: a large key can take seconds

@@ -92,19 +92,10 @@ def run_server(settings: Settings, *, when_ready: Callable[[], None] = lambda: N
         except OSError as error:
             raise Refused(f"the metrics port cannot be opened: {error.strerror}") from None
     refusals: list[Exception] = []
-    config = uvicorn.Config(
+    config = server_config(
         _telling_refusals(create_app(settings), refusals),
-        interface="asgi3",
         host=settings.host,
         port=settings.port,
-        http=BoundedProtocol,
-        ws="none",
-        lifespan="on",
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=75,
         timeout_graceful_shutdown=settings.shutdown_grace,
     )
     # The server hands a signal on when it has ended in good order; that is no accident, and ends with 0.
@@ -116,6 +107,23 @@ def run_server(settings: Settings, *, when_ready: Callable[[], None] = lambda: N
         if refusals:
             raise refusals[0] from refusals[0].__cause__
         raise
+
+
+def server_config(app: AsgiApp, **options: Any) -> uvicorn.Config:
+    """Return how the HTTP server serves us; `options` say where and how long."""
+    return uvicorn.Config(
+        app,
+        interface="asgi3",
+        http=BoundedProtocol,
+        ws="none",
+        lifespan="on",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=75,
+        **options,
+    )
 
 
 def _telling_refusals(app: AsgiApp, refusals: list[Exception]) -> AsgiApp:

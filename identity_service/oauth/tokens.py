@@ -108,7 +108,11 @@ ANY_AUDIENCE: Container[str] = _AnyAudience()
 
 @final
 class IssuedTokens:
-    """Reads access tokens that come back, as strictly as siblings do, and knows what siblings cannot: who is gone."""
+    """
+    Reads access tokens that come back, as strictly as siblings do.
+
+    Of the database it asks what siblings cannot know: whether the token was ended before its time.
+    """
 
     def __init__(
         self, clock: Clock, keys: SigningKeys, clients: Clients, families: RefreshFamilies, *, issuer: str

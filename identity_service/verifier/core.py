@@ -13,7 +13,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeGuard
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
@@ -22,9 +22,11 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 LEEWAY = 30
 """Seconds by which clocks may differ."""
 LONGEST_KID = 128
+"""Characters."""
+LATEST = 253402300799
+"""Seconds since 1970: the last second of the year 9999; numbers beyond it are no times."""
 _LONGEST_TOKEN = 16 * 1024
 _LONGEST_NAME = 128
-LATEST = 253402300799  # the last second of the year 9999; numbers beyond it are no times
 _FORBIDDEN_HEADERS = frozenset(("crit", "b64", "jwk", "jku", "x5u", "x5c", "zip", "enc"))
 _PADDING, _SHA256 = padding.PKCS1v15(), hashes.SHA256()
 
@@ -241,7 +243,7 @@ def prove(
 
 def _check_list(listed: object, audiences: Container[str], issuer: str) -> None:
     """Check an audience that is a list (RFC 7519 §4.1.3)."""
-    if not isinstance(listed, list) or not _are_words(listed):
+    if not _are_words(listed):
         raise TokenRefused("aud_missing_or_malformed")
     if not any(entry in audiences for entry in listed):
         raise TokenRefused("aud_wrong")
@@ -249,7 +251,7 @@ def _check_list(listed: object, audiences: Container[str], issuer: str) -> None:
         raise TokenRefused("aud_mixed")  # the issuer keeps its own API's tokens apart from everybody else's
 
 
-def _are_words(value: object) -> bool:
+def _are_words(value: object) -> TypeGuard[list[str]]:
     """Return whether a claim is a list of strings."""
     if type(value) is not list:
         return False

@@ -32,6 +32,7 @@ class Protect:
         token_url = f"{issuer.rstrip('/')}/token"
         password = OAuthFlowPassword(tokenUrl=token_url)
         client_credentials = OAuthFlowClientCredentials(tokenUrl=token_url)
+        # The document lists the scopes that some route has asked for.
         self._documented = (password.scopes, client_credentials.scopes)
         scheme = OAuth2(
             flows=OAuthFlows(password=password, clientCredentials=client_credentials),
@@ -52,7 +53,8 @@ class Protect:
         Return the dependency that lets in whoever brings a good token that allows all of `scopes`.
 
         It yields the token's `VerifiedClaims`. Others are answered 401 or 403 with a challenge (RFC 6750 §3), or 503
-        when the issuer's keys cannot be had.
+        when the issuer's keys cannot be had. Call it while the routes are made: what it asks for goes into the OpenAPI
+        document.
         """
         for scopes_of_flow in self._documented:
             scopes_of_flow.update((scope, "") for scope in scopes)

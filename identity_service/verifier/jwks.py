@@ -17,7 +17,7 @@ Keys = Mapping[str, rsa.RSAPublicKey]
 """Public keys by their `kid`."""
 
 LONGEST_CACHED = 900.0
-"""Seconds a key set may be used before it is asked for again, whatever its headers say; the issuer plans with it."""
+"""Seconds a key set may be used before it is asked for anew, whatever its headers say; the issuer reckons with it."""
 _SHORTEST_CACHED = 30.0
 _DEFAULT_MAX_AGE = 300.0
 _LARGEST_DOCUMENT = 256 * 1024
@@ -26,6 +26,7 @@ _FEWEST_BITS, _MOST_BITS = 2048, 8192
 _SMALLEST_EXPONENT = 65537
 _PRIVATE_MEMBERS = frozenset(("d", "p", "q", "dp", "dq", "qi", "oth", "k"))
 _DIRECTIVE = re.compile(r"(max-age|stale-while-revalidate)\s*=\s*\"?(\d{1,9})", re.IGNORECASE)
+_NOT_TO_BE_KEPT = re.compile(r"\bno-(?:store|cache)\b", re.IGNORECASE)
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -120,7 +121,7 @@ def lifetimes(headers: Mapping[str, str]) -> tuple[float, float]:
     # Of two of a kind the first counts (RFC 9111 §4.2.1).
     told = {name.lower(): float(seconds) for name, seconds in reversed(_DIRECTIVE.findall(control))}
     max_age = told.get("max-age", _DEFAULT_MAX_AGE)
-    if re.search(r"\bno-(?:store|cache)\b", control, re.IGNORECASE):
+    if _NOT_TO_BE_KEPT.search(control):
         max_age, told = 0.0, {}
     age = headers.get("age", "")
     held = float(age) if age.isascii() and age.isdigit() and len(age) < 10 else 0.0

@@ -22,8 +22,7 @@ from identity_service.verifier.jwks import Fetched, JwksSource, Keys
 
 log = logging.getLogger("identity_service.verifier")
 
-REFETCH_EVERY = 30.0
-"""Seconds between two fetches that unknown key ids may cause."""
+_REFETCH_EVERY = 30.0  # seconds between two fetches that unknown key ids may cause
 _LONGEST_UNKNOWN = 300.0
 _MOST_UNKNOWN = 1000
 _LONGEST_BACKOFF = 30.0
@@ -106,12 +105,12 @@ class KeyCache:
         """Return the fetch that may bring an id nobody has heard of, within the bounds of what strangers may cause."""
         if self._flight and self._flight.past_caches:
             return self._flight
-        if not _within(now, self._refetched_at, REFETCH_EVERY) and not _within(now, *self._unknown.get(kid, (now, 0))):
+        if not _within(now, self._refetched_at, _REFETCH_EVERY) and not _within(now, *self._unknown.get(kid, (now, 0))):
             return self._flight or self._start(now, past_caches=True)
         if self._failures:
             raise KeysUnavailable("the issuer did not answer, so nobody knows whether the key is new")
         if waited:
-            _, before = self._unknown.pop(kid, (now, REFETCH_EVERY / 2))
+            _, before = self._unknown.pop(kid, (now, _REFETCH_EVERY / 2))
             if len(self._unknown) >= _MOST_UNKNOWN:
                 del self._unknown[next(iter(self._unknown))]
             self._unknown[kid] = (now, min(2 * before, _LONGEST_UNKNOWN))

@@ -27,7 +27,7 @@ IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 CLIENT_AUTHENTICATION = Rule(name="client_authentication", burst=30, interval=2.0, memory=300.0, credential=True)
 """Failed client authentications of one client (or one unknown name) from one network."""
 TOKEN_GUESSING = Rule(name="token_guessing", burst=300, interval=0.2, memory=300.0, credential=True)
-"""Texts that were never tokens of ours, shown by one client from one network to be introspected or revoked."""
+"""Texts that no key of ours has signed, unless they name a key we do not know; per client and network."""
 _MOST_BLOCKED = 10_000
 _LONGEST_AUTHORIZATION = 4096
 
@@ -149,7 +149,7 @@ class FailureBudget:
         self._blocked: dict[tuple[str, str], datetime] = {}
 
     def check(self, who: tuple[str, str]) -> None:
-        """Raise TooManyRequests for one whose failures are used up. Asks nobody."""
+        """Raise TooManyRequests for one who may fail no more. Asks nobody."""
         if self._blocked and (until := self._blocked.get(who)) is not None:
             if until > self._clock.now():
                 raise self._limited(until)

@@ -214,7 +214,7 @@ class PresentedTokenEndpoint(FormEndpoint):
         Return the claims of an access token of ours, whoever it is meant for; None for one that is good no more.
 
         Texts that were never ours are booked, and beyond a budget answered 429 (RFC 7662 §4); who shows real tokens
-        is not held up by them. A key that left the set names no guess: its tokens were real.
+        is not held up by them. An unknown key id is not counted: the key may just have left the set, and was real then.
         """
         try:
             return self._tokens.read(token.reveal(), audiences=ANY_AUDIENCE)

@@ -8,6 +8,7 @@ from joserfc.jwk import KeySet, RSAKey
 
 from identity_service.main import step_keys
 from identity_service.oauth.signing_keys import KeyPolicy
+from identity_service.verifier.jwks import LONGEST_CACHED
 from tests.support.service import ISSUER, Service
 from tests.support.tokens import parts_of, unb64
 
@@ -64,6 +65,7 @@ async def test_the_set_may_be_kept_no_longer_than_the_schedule_reckons_with(serv
     fresh, stale = (int(seconds) for seconds in re.findall(r"(?:max-age|revalidate)=(\d+)", cache_control))
     assert fresh <= 300
     assert fresh + stale <= KeyPolicy().cache.total_seconds()
+    assert KeyPolicy().cache.total_seconds() >= LONGEST_CACHED  # and our own verifier keeps to it whatever it is told
 
 
 @pytest.mark.rfc("9110", "13.1.2")

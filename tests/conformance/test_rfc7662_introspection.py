@@ -8,8 +8,10 @@ from unittest.mock import patch
 
 import httpx2
 import pytest
+from sqlalchemy import update
 
 from identity_service.infra.database import Transaction
+from identity_service.infra.tables import clients, users
 from identity_service.oauth.signing_keys.material import generate
 from identity_service.web.deps import TOKEN_GUESSING
 from tests.support.reading import key_id, refused, unverified_claims
@@ -213,6 +215,18 @@ async def _password_changed(service: Service, client: Registered, tokens: dict[s
     return await _as_it_is(service, client, tokens)
 
 
+async def _user_row_disabled(service: Service, client: Registered, tokens: dict[str, Any]) -> str:
+    user_id = uuid.UUID(unverified_claims(tokens["access_token"])["sub"])
+    await service.execute(update(users).where(users.c.id == user_id).values(enabled=False))
+    return await _as_it_is(service, client, tokens)
+
+
+async def _client_row_disabled(service: Service, client: Registered, tokens: dict[str, Any]) -> str:
+    await service.execute(update(clients).where(clients.c.id == client.id).values(enabled=False))
+    service.clock.advance(1)
+    return await _as_it_is(service, client, tokens)
+
+
 async def _client_disabled(service: Service, client: Registered, tokens: dict[str, Any]) -> str:
     await service.within(lambda tx: service.services.clients.set_enabled(tx, client.id, False))
     return await _as_it_is(service, client, tokens)
@@ -250,6 +264,8 @@ INACTIVE: dict[str, Spoil] = {
     "its refresh token reused": _refresh_reused,
     "its user disabled": _user_disabled,
     "its user's password changed": _password_changed,
+    "its user disabled, the epoch standing": _user_row_disabled,
+    "its client disabled, the epoch standing": _client_row_disabled,
     "its client disabled": _client_disabled,
     "its client disabled for a while": _client_disabled_for_a_while,
     "its key compromised": _key_compromised,
@@ -275,14 +291,14 @@ async def test_what_is_not_good_is_inactive_and_no_more_is_said(service: Service
 
 @pytest.mark.rfc("7662", "2.2")
 async def test_a_clients_own_token_ends_with_its_client(service: Service) -> None:
-    """It has no session to end; disabling and enabling the client ends it for good."""
+    """It has no session to end; disabling and enabling the client ends it for good, were it of the same second."""
     client = await service.a_client(audiences=(SIBLING,))
     server = await a_resource_server(service)
     token = (await service.token(client, grant_type="client_credentials")).json()["access_token"]
     await active(service, server, token)
-    service.clock.advance(1)
     await service.bump_client_epoch(client)
     await inactive(service, server, token)
+    service.clock.advance(1)
     fresh = (await service.token(client, grant_type="client_credentials")).json()["access_token"]
     await active(service, server, fresh)
 

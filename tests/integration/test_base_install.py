@@ -186,5 +186,5 @@ def test_the_command_says_that_it_needs_the_server(base: BaseInstall) -> None:
     """It is installed with the verifier, since an extra cannot bring a command of its own."""
     done = base.python("-m", "identity_service", "serve")
     assert done.returncode == 1
-    assert "pip install identity-service[server]" in done.stderr
+    assert "extra `server`" in done.stderr
     assert "Traceback" not in done.stderr

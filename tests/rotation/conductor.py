@@ -12,6 +12,7 @@ import psycopg
 from sqlalchemy import select
 from sqlalchemy.engine import make_url
 
+from identity_service.cli.keys import bring_forward, withdraw
 from identity_service.infra.tables import audit_events, signing_keys
 from identity_service.main import Services
 from identity_service.oauth.signing_keys import KeyRecord, KeyState
@@ -26,7 +27,6 @@ _EARLY: Final = 60.0
 """Seconds before the instant of a rotation when the lock is taken that holds the replicas up."""
 PROMISE: Final = 5.0
 """Real seconds within which every replica must have polled after a compromise, be the machine as busy as it may."""
-_ACTOR = "operator"
 
 # A session is in a step while it has touched the schedule's lock and waits for something: for that lock, before it has
 # read anything, or for the audit trail, when it has written the keys and not committed.
@@ -162,11 +162,7 @@ class Conductor:
     async def _bring_forward(self) -> KeyRecord:
         """Do what `identity-service keys rotate` does."""
         async with self._services.db.transaction() as tx:
-            chosen = await self._services.signing_keys.rotate(tx)
-            await self._services.audit.record(
-                tx, "key.rotation_scheduled", origin=None, actor=_ACTOR, target=chosen.kid
-            )
-        return chosen
+            return await bring_forward(self._services, tx)
 
     async def _compromise(self, waiting: KeyRecord) -> None:
         """Do what `identity-service keys compromise` does to the active key, when every sibling knows the next one."""
@@ -177,8 +173,7 @@ class Conductor:
         await self._accepted_everywhere(kid)
         evidence = [pool.withdraw(kid) for pool in (self._load.own, self._load.siblings)]
         async with self._services.db.transaction() as tx:
-            for name in await self._services.signing_keys.compromise(tx, [kid], spare):
-                await self._services.audit.record(tx, "key.compromised", origin=None, actor=_ACTOR, target=name)
+            await withdraw(self._services, tx, [kid], spare)
         compromise = self._record.compromise = Compromise(kid, committed=real.monotonic())
         begun = {replica.name: replica.slot.begun for replica in self._replicas}
         self._load.spawn(self._show_evidence(evidence, compromise))
@@ -230,16 +225,17 @@ class Conductor:
         """
         Look at the database at the end: every step was taken once, and told once.
 
-        The service makes one key for each rotation, save that the driver made the first two and the one that a
-        compromise needs.
+        One key is made for each rotation, a compromise among them, besides the two to begin with; a compromised key
+        is not retired.
         """
         async with self._services.db.transaction() as tx:
             events = (await tx.execute(select(audit_events.c.event, audit_events.c.actor, audit_events.c.target))).all()
         states = await self._services.db.run(self._services.signing_keys.describe)
         made = [row.target for row in events if row.event == "key.created"]
         retired = [row.target for row in events if row.event == "key.retired"]
-        planned = sum(self._record.rotations.values()) - self._record.rotations[Trouble.COMPROMISE]
-        for what, kids, wanted in (("created", made, planned + 2), ("retired", retired, planned)):
+        rotations = sum(self._record.rotations.values())
+        planned = rotations - self._record.rotations[Trouble.COMPROMISE]
+        for what, kids, wanted in (("created", made, rotations + 2), ("retired", retired, planned)):
             if len(kids) != wanted or len(set(kids)) != wanted:
                 self._record.faults.add(f"{len(kids)} keys ({len(set(kids))} different ones) were {what}, not {wanted}")
         for state in (KeyState.ACTIVE, KeyState.NEXT):

@@ -19,12 +19,12 @@ from typing import Any
 import uvicorn
 from sqlalchemy import event
 
+from identity_service.cli.serving import server_config
 from identity_service.infra import telemetry
 from identity_service.infra.database import Transaction
 from identity_service.main import Services, create_app
 from identity_service.oauth.signing_keys import Plan
 from identity_service.settings import Settings
-from identity_service.web.protocol import BoundedProtocol
 from tests.rotation.clock import Page, SharedClock, Slot
 from tests.support.service import test_settings
 
@@ -115,19 +115,7 @@ def main() -> None:
     app = create_app(settings_of(launch.database_url, launch.issuer), clock=SharedClock(page))
     name_sessions(app.state.services, launch.name)
     tell_polls(app.state.services, slot)
-    config = uvicorn.Config(
-        app,
-        interface="asgi3",
-        http=BoundedProtocol,
-        ws="none",
-        lifespan="on",
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=75,
-    )
-    _Server(config, slot).run([socket.create_server(("127.0.0.1", 0))])
+    _Server(server_config(app), slot).run([socket.create_server(("127.0.0.1", 0))])
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def test_a_compromised_next_key_is_replaced() -> None:
     assert plan([active, spoilt], START, POLICY) == Plan(create=(START + 30 * DAY,))
 
 
-def test_the_lead_is_never_less_than_two_cache_lives() -> None:
+def test_the_lead_is_never_less_than_two_cache_lives_and_the_skew() -> None:
     assert KeyPolicy(lead=SECOND).safe_lead == 32 * MINUTE
     assert KeyPolicy(lead=MINUTE, cache=2 * HOUR).safe_lead == 4 * HOUR + 2 * MINUTE
     assert KeyPolicy(lead=33 * MINUTE).safe_lead == 33 * MINUTE

@@ -3,6 +3,7 @@
 import base64
 import os
 import stat
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 
 from identity_service.infra.runtime.envelope import MasterKeyError
 from identity_service.main import development_key_file, load_master_keys
+from identity_service.oauth.signing_keys import KeyPolicy
 from identity_service.settings import Settings, UnsafeSettings, load_settings
 
 KEY = base64.b64encode(bytes(range(100, 132))).decode()
@@ -101,6 +103,7 @@ def test_production_refuses_what_is_unsafe(given: dict[str, Any], advice: str) -
             {"refresh_idle_ttl": 100_000, "refresh_absolute_ttl": 90_000},
             "must not exceed IDENTITY_REFRESH_ABSOLUTE_TTL",
         ),
+        ({"signing_key_lead": 1919}, "IDENTITY_SIGNING_KEY_LEAD: "),
         ({"signing_key_lead": 7200, "signing_key_period": 7200}, "must be shorter than IDENTITY_SIGNING_KEY_PERIOD"),
         ({"access_token_ttl": 3601}, "IDENTITY_ACCESS_TOKEN_TTL: "),
         ({"access_token_ttl": 59}, "IDENTITY_ACCESS_TOKEN_TTL: "),
@@ -262,3 +265,10 @@ def test_no_secret_has_a_default() -> None:
     secret = [name for name, field in Settings.model_fields.items() if "Secret" in str(field.annotation)]
     assert set(secret) == {"database_url", "redis_url", "master_key"}
     assert all(Settings.model_fields[name].default.get_secret_value() == "" for name in secret)
+
+
+def test_the_smallest_lead_that_may_be_set_is_the_one_that_is_kept() -> None:
+    """A setting that is silently raised would be a lie."""
+    smallest = next(rule.ge for rule in Settings.model_fields["signing_key_lead"].metadata if hasattr(rule, "ge"))
+    assert KeyPolicy(lead=timedelta(seconds=smallest)).safe_lead == timedelta(seconds=smallest)
+    assert KeyPolicy(lead=timedelta(seconds=smallest - 1)).safe_lead == timedelta(seconds=smallest)

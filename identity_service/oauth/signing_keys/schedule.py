@@ -22,7 +22,7 @@ class KeyPolicy:
 
     bits: int = 2048
     lead: timedelta = timedelta(hours=24)
-    """How long a key is published before it signs; never less than `safe_lead`."""
+    """How long a key shall be published before it signs; `safe_lead` is what is really kept."""
     period: timedelta = timedelta(days=30)
     """How long a key signs."""
     cache: timedelta = timedelta(seconds=900)

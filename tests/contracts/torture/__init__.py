@@ -1,5 +1,5 @@
 """
-Several hundred tokens, each with what a strict verifier of RS256 access tokens (RFC 9068) has to make of it.
+More than a thousand tokens, each with what a strict verifier of RS256 access tokens (RFC 9068) has to make of it.
 
 `build` makes them anew, the same bytes each time, for any issuer and audience; `docs/torture.json` holds those for
 ISSUER, AUDIENCE and NOW. The module `forge` says what a good token is, the others are its enemies, group by group.
