@@ -94,8 +94,7 @@ def development_key_file(data_dir: Path) -> Path:
 
 def _holds_keys(settings: Settings) -> bool:
     """Return whether the embedded database of the settings was wrapped by some master key before."""
-    path = Path(settings.database.removeprefix("sqlite+aiosqlite:///"))
-    if not settings.on_sqlite or not path.exists():
+    if (path := settings.sqlite_file) is None or not path.exists():
         return False
     with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
         try:

@@ -124,6 +124,11 @@ class Settings(BaseSettings):
         return self.database.startswith("sqlite")
 
     @property
+    def sqlite_file(self) -> Path | None:
+        """Where the embedded database is kept; None for another database."""
+        return Path(self.database.removeprefix("sqlite+aiosqlite:///")) if self.on_sqlite else None
+
+    @property
     def public_issuer(self) -> str:
         """The issuer, which every link and every token is built from (never from a request)."""
         return self.issuer or f"http://127.0.0.1:{self.port}"

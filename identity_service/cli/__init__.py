@@ -5,6 +5,7 @@ Every command takes its settings from the environment (`IDENTITY_…`); with `--
 works on the database of `identity-service dev` in that directory. What changes something is audited as done by `cli`.
 """
 
+import os
 import sys
 
 import typer
@@ -31,6 +32,7 @@ app.add_typer(keys.audit_app, name="audit")
 
 def main() -> None:
     """Run a command; say in a sentence what stands in its way, and end with 1 for a refusal, 2 for bad settings."""
+    os.umask(0o077)  # whatever a command writes, a database or a key, is for its owner only
     try:
         "".join(sys.argv).encode()
         app()

@@ -51,6 +51,8 @@ def settings_for(data_dir: Path | None, **given: Any) -> Settings:
 @asynccontextmanager
 async def opened(settings: Settings) -> AsyncIterator[Services]:
     """Yield the services on a database whose schema is new enough; raises Refused."""
+    if (path := settings.sqlite_file) is not None and not path.exists():
+        raise Refused(f"there is no database at {path}; `identity-service dev` and `identity-service migrate` make one")
     services = build_services(settings)
     try:
         revision = await services.db.revision()

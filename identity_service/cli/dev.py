@@ -42,7 +42,6 @@ def dev(
     as_json: AsJson = False,
 ) -> None:
     """Serve on this machine with SQLite, a demo user and a demo client; prints how to sign in."""
-    os.umask(0o077)  # what it writes holds password hashes and keys
     data_dir = data_dir or Path(".data")
     # Whatever database the environment names, the demo is not for it.
     settings = settings_for(

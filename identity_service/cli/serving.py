@@ -148,10 +148,9 @@ def _telling_refusals(app: AsgiApp, refusals: list[Exception]) -> AsgiApp:
 @contextmanager
 def only_one_on_sqlite(settings: Settings) -> Iterator[None]:
     """Keep a second server off the same SQLite file: its caches and limits would not know of ours."""
-    if not settings.on_sqlite:
+    if (database := settings.sqlite_file) is None:
         yield
         return
-    database = Path(settings.database.removeprefix("sqlite+aiosqlite:///"))
     database.parent.mkdir(parents=True, exist_ok=True)
     with database.with_suffix(".lock").open("w") as file:
         try:

@@ -1,14 +1,17 @@
 """The verifier as a FastAPI dependency; FastAPI is the sibling's own, the base install does not bring it."""
 
+import logging
 from typing import Annotated, Any
 
 from fastapi import Depends, HTTPException, Security
 from fastapi.openapi.models import OAuthFlowClientCredentials, OAuthFlowPassword, OAuthFlows
-from fastapi.security import OAuth2, SecurityScopes
+from fastapi.security import HTTPBearer, OAuth2, SecurityScopes
 from starlette.requests import HTTPConnection
 
 from identity_service.verifier.core import InsufficientScope, KeysUnavailable, TokenRefused, VerifiedClaims
 from identity_service.verifier.token_verifier import TokenVerifier
+
+log = logging.getLogger("identity_service.verifier")
 
 _RETRY_AFTER = "5"  # seconds
 
@@ -27,7 +30,12 @@ class Protect:
     """
 
     def __init__(self, issuer: str, audience: str, *, name: str = "identity_service", **options: Any) -> None:
-        """Take what `TokenVerifier` takes; `name` is the security scheme's in the OpenAPI document."""
+        """
+        Take what `TokenVerifier` takes; `name` is the security scheme's in the OpenAPI document.
+
+        There a second one, `name` with `_token` behind it, says the same for tools that are handed a token.
+        `verified` is the dependency behind every `require`; a test may override it.
+        """
         self.verifier = TokenVerifier(issuer, audience, **options)
         token_url = f"{issuer.rstrip('/')}/token"
         password = OAuthFlowPassword(tokenUrl=token_url)
@@ -40,13 +48,17 @@ class Protect:
             description=f"An access token of {issuer}, asked for with `resource={audience}`.",
             auto_error=False,
         )
+        pasted = HTTPBearer(bearerFormat="at+jwt", scheme_name=f"{name}_token", auto_error=False)
 
         async def verified(
-            connection: HTTPConnection, wanted: SecurityScopes, _: Annotated[Any, Depends(scheme)]
+            connection: HTTPConnection,
+            wanted: SecurityScopes,
+            _scheme: Annotated[Any, Depends(scheme)],
+            _pasted: Annotated[Any, Depends(pasted)],
         ) -> VerifiedClaims:
             return await self._verified(connection, tuple(dict.fromkeys(wanted.scopes)))
 
-        self._verified_claims = verified
+        self.verified = verified
 
     def require(self, *scopes: str) -> Any:
         """
@@ -58,7 +70,7 @@ class Protect:
         """
         for scopes_of_flow in self._documented:
             scopes_of_flow.update((scope, "") for scope in scopes)
-        return Security(self._verified_claims, scopes=list(scopes))
+        return Security(self.verified, scopes=list(scopes))
 
     async def _verified(self, connection: HTTPConnection, scopes: tuple[str, ...]) -> VerifiedClaims:
         values = connection.headers.getlist("authorization")
@@ -69,7 +81,8 @@ class Protect:
             return await self.verifier.verify(token.strip(" "), *scopes)
         except InsufficientScope:
             raise _refusal(403, "insufficient scope", scopes, error="insufficient_scope") from None
-        except TokenRefused:
+        except TokenRefused as refused:
+            log.info("a token was refused: %s", refused.reason)
             raise _refusal(401, "invalid token", scopes, error="invalid_token") from None
         except KeysUnavailable:
             raise HTTPException(503, "tokens cannot be checked now", {"Retry-After": _RETRY_AFTER}) from None

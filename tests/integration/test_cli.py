@@ -493,6 +493,8 @@ def test_a_master_key_that_is_none_ends_with_2(on_postgres: Cli, key: str) -> No
 
 def test_a_database_that_was_not_migrated_is_told_so(tmp_path: Path, forge: Forge) -> None:
     """By every kind of command, in one sentence."""
+    (tmp_path / "fresh").mkdir()
+    (tmp_path / "fresh" / "identity.db").touch()
     fresh = Cli(forge, {**CHEAP, "HOME": str(tmp_path)}, ("--data-dir", str(tmp_path / "fresh")))
     for words, code in [(("users", "list"), 1), (("cleanup",), 1), (("serve",), 2)]:
         done = fresh.run(*words)
@@ -673,3 +675,23 @@ def test_a_port_that_is_taken_ends_the_server_in_words(cli: Cli, folder: Path) -
         assert busy.code != 0
         assert "address already in use" in busy.out + busy.err
         assert "metrics port cannot be opened" in cli.run("serve", IDENTITY_METRICS_PORT=port).refused()
+
+
+def test_a_folder_without_a_database_is_told_and_left_alone(tmp_path: Path, forge: Forge) -> None:
+    """A typing error makes no second world."""
+    folder = tmp_path / "mistyped"
+    cli = Cli(forge, {**CHEAP, "HOME": str(tmp_path)}, ("--data-dir", str(folder)))
+    for words in (("users", "list"), ("keys", "list"), ("cleanup",)):
+        assert "there is no database at" in cli.run(*words).refused()
+    assert not folder.exists()
+
+
+def test_what_a_command_writes_is_for_its_owner_only(tmp_path: Path, forge: Forge) -> None:
+    """The folder, the database and the key, whoever makes them first."""
+    folder = tmp_path / "new"
+    cli = Cli(forge, {**CHEAP, "HOME": str(tmp_path)}, ("--data-dir", str(folder)))
+    assert cli.run("migrate").code == 0
+    assert cli.run("clients", "create", "X").code == 0
+    made = [folder, *folder.iterdir()]
+    assert {path.name for path in made} >= {"new", "identity.db", "master.key"}
+    assert [path.name for path in made if path.stat().st_mode & 0o077] == []

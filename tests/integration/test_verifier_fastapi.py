@@ -247,14 +247,28 @@ def test_it_takes_what_the_verifier_takes(issuer: Issuer) -> None:
 async def test_a_test_may_put_its_own_caller_in_the_place_of_a_token(issuer: Issuer) -> None:
     """By the means that the framework has for it."""
     protect, app = Protect(issuer.url, AUDIENCE), FastAPI()
-    guard = protect.require("orders:read")
 
     @app.get("/")
-    def root(caller: Annotated[Any, guard]) -> str:
-        return str(caller)
+    def root(caller: Annotated[VerifiedClaims, protect.require("orders:read")]) -> str:
+        return caller.subject
 
-    app.dependency_overrides[guard.dependency] = lambda: "somebody"
-    assert (await ask(app, "/")).json() == "somebody"
+    app.dependency_overrides[protect.verified] = lambda: VerifiedClaims({"sub": "ada"})
+    assert (await ask(app, "/")).json() == "ada"
+    app.dependency_overrides.clear()
+    assert (await ask(app, "/")).status_code == 401
+
+
+async def test_why_a_token_was_refused_is_told_to_the_log_alone(
+    app: FastAPI, issuer: Issuer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In one stable word, and nothing of the token."""
+    caplog.set_level("INFO", logger="identity_service.verifier")
+    token = issuer.mint(aud="https://billing.example", scope="orders:read")
+    answer = await ask(app, "/orders", token=token)
+    assert answer.status_code == 401
+    assert "aud" not in answer.text + answer.headers["www-authenticate"]
+    assert "a token was refused: aud_wrong" in caplog.messages
+    assert not any(part in caplog.text for part in token.split("."))
 
 
 # -- what the document says -------------------------------------------------------------------------------------------
@@ -269,7 +283,8 @@ async def test_the_document_says_how_to_get_a_token_and_which_scopes_there_are(a
             "type": "oauth2",
             "description": f"An access token of {issuer.url}, asked for with `resource={AUDIENCE}`.",
             "flows": {"password": flow, "clientCredentials": flow},
-        }
+        },
+        "identity_service_token": {"type": "http", "scheme": "bearer", "bearerFormat": "at+jwt"},
     }
     security = {
         (method, path): operation.get("security")
@@ -285,7 +300,9 @@ async def test_the_document_says_how_to_get_a_token_and_which_scopes_there_are(a
         ("get", "/twice"): ["a", "b", "c"],
     }
     assert {operation: _sorted(wanted) for operation, wanted in security.items()} == {
-        operation: None if wanted is None else [{"identity_service": wanted}] for operation, wanted in asked.items()
+        # Two entries are two ways: a tool that can ask for a token, and one that is handed a token.
+        operation: None if wanted is None else [{"identity_service": wanted}, {"identity_service_token": wanted}]
+        for operation, wanted in asked.items()
     }
     assert issuer.counts == (0, 0)
 
@@ -320,7 +337,8 @@ async def test_two_issuers_in_one_service_stay_apart(issuer: Issuer) -> None:
         def of_theirs() -> None: ...
 
         schemes = (await ask(app, "/openapi.json")).json()["components"]["securitySchemes"]
-        told = {name: scheme["flows"]["password"] for name, scheme in schemes.items()}
+        assert schemes.keys() == {"identity_service", "identity_service_token", "partner", "partner_token"}
+        told = {name: scheme["flows"]["password"] for name, scheme in schemes.items() if "flows" in scheme}
         assert told == {
             "identity_service": {"tokenUrl": f"{issuer.url}/token", "scopes": {"a": ""}},
             "partner": {"tokenUrl": f"{partner.url}/token", "scopes": {"b": ""}},
