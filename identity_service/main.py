@@ -364,13 +364,13 @@ def _endpoints(services: Services) -> dict[str, Endpoint]:
             authenticator,
             services.db,
             services.issued,
-            guesses,
             services.families,
+            guesses,
             services.audit,
             trusted_proxies=proxies,
         ),
         "/introspect": IntrospectionEndpoint(
-            authenticator, services.db, services.issued, guesses, trusted_proxies=proxies
+            authenticator, services.db, services.issued, services.families, guesses, trusted_proxies=proxies
         ),
         "/.well-known/jwks.json": JwksEndpoint(services.signing_keys),
         "/.well-known/oauth-authorization-server": metadata,

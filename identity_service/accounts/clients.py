@@ -63,7 +63,6 @@ class Client:
     refresh_retry_window: int
     enabled: bool
     epoch: int
-    epoch_at: datetime
     secrets: tuple[tuple[bytes, datetime | None], ...] = field(repr=False, default=())
 
     @property
@@ -260,11 +259,9 @@ class Clients:
 
         Disabling moves its epoch on: its families and its own tokens die with it, and enabling does not revive them.
         """
-        now = self._clock.now()
-        values: dict[str, Any] = {"enabled": enabled, "updated_at": now}
+        values: dict[str, Any] = {"enabled": enabled, "updated_at": self._clock.now()}
         if not enabled:
-            # Tokens say when they were issued in whole seconds; those of this very second shall be dead as well.
-            values |= {"epoch": clients.c.epoch + 1, "epoch_at": now + timedelta(seconds=1)}
+            values |= {"epoch": clients.c.epoch + 1, "epoch_at": self._clock.now()}
         changed = await tx.execute(
             update(clients).where(clients.c.id == client_id).values(values).returning(clients.c.id)
         )
@@ -329,6 +326,5 @@ class Clients:
             refresh_retry_window=row.refresh_retry_window,
             enabled=row.enabled,
             epoch=row.epoch,
-            epoch_at=row.epoch_at,
             secrets=tuple((secret.digest, secret.expires_at) for secret in held),
         )

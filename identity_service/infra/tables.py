@@ -157,7 +157,7 @@ clients = Table(
     Column("refresh_retry_window", Integer, nullable=False),
     Column("enabled", Boolean, nullable=False),
     Column("epoch", BigInteger, nullable=False),
-    Column("epoch_at", UtcDateTime, nullable=False),
+    Column("epoch_at", UtcDateTime, nullable=False),  # when the epoch moved on; the version before this one reads it
     Column("created_at", UtcDateTime, nullable=False),
     Column("updated_at", UtcDateTime, nullable=False),
 )

@@ -279,8 +279,11 @@ def verify(
     """
     Return the claims of an access token meant for one of `audiences`, or raise TokenRefused.
 
-    `key_of` finds a published key by its id; `now` is in seconds since 1970, `leeway` in seconds.
+    `key_of` finds a published key by its id; `now` is in seconds since 1970, `leeway` in seconds. Raises TypeError for
+    a text in place of a collection of audiences, which would hold every part of itself.
     """
+    if isinstance(audiences, str):
+        raise TypeError("audiences is a collection of names")
     parts = take_apart(token)
     key = key_of(parts[0])
     if key is None:

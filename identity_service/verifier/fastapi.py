@@ -1,6 +1,7 @@
 """The verifier as a FastAPI dependency; FastAPI is the sibling's own, the base install does not bring it."""
 
 import logging
+import re
 from typing import Annotated, Any
 
 from fastapi import Depends, HTTPException, Security
@@ -13,6 +14,7 @@ from identity_service.verifier.token_verifier import TokenVerifier
 
 log = logging.getLogger("identity_service.verifier")
 
+_SCOPE = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]+")
 _RETRY_AFTER = "5"  # seconds
 
 
@@ -66,8 +68,10 @@ class Protect:
 
         It yields the token's `VerifiedClaims`. Others are answered 401 or 403 with a challenge (RFC 6750 §3), or 503
         when the issuer's keys cannot be had. Call it while the routes are made: what it asks for goes into the OpenAPI
-        document.
+        document. Raises ValueError for what is no scope (RFC 6749 §3.3).
         """
+        if not all(_SCOPE.fullmatch(scope) for scope in scopes):
+            raise ValueError(f"each of these must be one scope, without blanks or quotes: {scopes!r}")
         for scopes_of_flow in self._documented:
             scopes_of_flow.update((scope, "") for scope in scopes)
         return Security(self.verified, scopes=list(scopes))

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ LONGEST_CACHED = 900.0
 """Seconds a key set may be used before it is asked for anew, whatever its headers say; the issuer reckons with it."""
 _SHORTEST_CACHED = 30.0
 _DEFAULT_MAX_AGE = 300.0
+_REDISCOVER_AFTER = 86400.0  # seconds; an issuer may move its keys
 _LARGEST_DOCUMENT = 256 * 1024
 _MOST_KEYS = 100
 _FEWEST_BITS, _MOST_BITS = 2048, 8192
@@ -43,14 +45,16 @@ class Fetched:
     usable: float
 
 
-def check_url(url: str, *, allow_http: bool) -> str:
+def check_url(url: str, *, allow_http: bool, loopback: bool = True) -> str:
     """
     Return an absolute URL that keys may come from; raises ValueError.
 
-    Whoever can change the key set on its way can sign tokens, so it comes over TLS, or from this machine.
+    Whoever can change the key set on its way can sign tokens, so it comes over TLS, or, with `loopback`, from this
+    machine.
     """
     parts = urlsplit(url)
-    secure = parts.scheme == "https" or (parts.scheme == "http" and (allow_http or parts.hostname in _LOOPBACK))
+    local = loopback and parts.hostname in _LOOPBACK
+    secure = parts.scheme == "https" or (parts.scheme == "http" and (allow_http or local))
     if not secure or not parts.hostname or parts.username is not None or parts.query or parts.fragment:
         raise ValueError(f"not a plain https URL: {url!r}")
     return url
@@ -139,11 +143,12 @@ class JwksSource:
         self._metadata_url = (
             f"{parts.scheme}://{parts.netloc}/.well-known/oauth-authorization-server{parts.path.rstrip('/')}"
         )
-        self._issuer = issuer
+        self.issuer = issuer
         self._allow_http = allow_http
         self._timeout = timeout
         self._fixed_uri = check_url(jwks_uri, allow_http=allow_http) if jwks_uri is not None else None
         self._found_uri: str | None = None
+        self._found_at = 0.0
 
     def fetch(self, *, past_caches: bool) -> Fetched:
         """
@@ -161,6 +166,8 @@ class JwksSource:
         headers = {"accept": "application/json", "accept-encoding": "identity"}
         if past_caches:
             headers["cache-control"] = "no-cache"
+        if time.monotonic() - self._found_at > _REDISCOVER_AFTER:
+            self._found_uri = None
         async with asyncio.timeout(self._timeout):
             uri = self._fixed_uri or self._found_uri or await self._discover(headers)
             self._found_uri = None  # unless it serves its purpose, it is looked for anew the next time
@@ -172,11 +179,14 @@ class JwksSource:
     async def _discover(self, headers: Mapping[str, str]) -> str:
         """Return the issuer's `jwks_uri` (RFC 8414 §3); the metadata must be the issuer's own (§3.3)."""
         _, document = await _get(self._metadata_url, headers)
+        self._found_at = time.monotonic()
         try:
             metadata = read_object(document.strip())
-            if metadata.get("issuer") != self._issuer:
+            if metadata.get("issuer") != self.issuer:
                 raise BadKeySet("the metadata is of another issuer")
-            return check_url(metadata["jwks_uri"], allow_http=self._allow_http)
+            # An issuer elsewhere has no business on this machine.
+            here = self.issuer.startswith("http:")
+            return check_url(metadata["jwks_uri"], allow_http=self._allow_http, loopback=here)
         except (TokenRefused, KeyError, TypeError, ValueError, AttributeError):
             raise BadKeySet("the metadata is malformed, or names no jwks_uri that can be trusted") from None
 

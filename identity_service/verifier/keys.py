@@ -135,7 +135,9 @@ class KeyCache:
         try:
             threading.Thread(target=self._fly, args=(flight, now), name="jwks", daemon=True).start()
         except RuntimeError as error:  # no more threads are to be had
-            self._land(flight, None, now, error)
+            log.warning("the keys of %s cannot be fetched: %s", self._source.issuer, error)
+            self._land(None, now)
+            flight.landed.set_result(None)
         return flight
 
     def _fly(self, flight: Flight, now: float) -> None:
@@ -144,10 +146,17 @@ class KeyCache:
             fetched = self._source.fetch(past_caches=flight.past_caches)
         except Exception as error:
             fault = error
+        before = self._held.keys.keys()
         with self._lock:
-            self._land(flight, fetched, now, fault)
+            self._land(fetched, now)
+        # Without the lock: whoever does not wait for this fetch shall not wait for a log either.
+        if fetched is None:
+            log.warning("the keys of %s could not be fetched: %s: %s", self._source.issuer, type(fault).__name__, fault)
+        elif fetched.keys.keys() != before:
+            log.info("the keys of %s are now: %s", self._source.issuer, ", ".join(sorted(fetched.keys)))
+        flight.landed.set_result(None)
 
-    def _land(self, flight: Flight, fetched: Fetched | None, asked_at: float, fault: Exception | None) -> None:
+    def _land(self, fetched: Fetched | None, asked_at: float) -> None:
         """Take over what a fetch brought, or note that it brought nothing; the lock is held."""
         if fetched is not None:
             self._held = self._hold(fetched, asked_at)
@@ -155,15 +164,11 @@ class KeyCache:
         else:
             self._failures += 1
             self._failed_at = self._clock()
-            log.warning("the issuer's keys could not be fetched: %s: %s", type(fault).__name__, fault)
         self._flight = None
-        flight.landed.set_result(None)
 
     def _hold(self, fetched: Fetched, since: float) -> _Held:
         # Spread, so that a fleet that started together does not ask together.
         refresh = fetched.fresh * random.uniform(0.75, 0.9)  # noqa: S311  # spreads load, protects nothing
-        if fetched.keys.keys() != self._held.keys.keys():
-            log.info("the issuer's keys are now: %s", ", ".join(sorted(fetched.keys)))
         return _Held(
             fetched.keys,
             since,

@@ -35,11 +35,11 @@ def account_router(db: Database, bearer: Bearer, users: Users) -> APIRouter:
     async def me(request: Request) -> User:
         """Return the person a bearer token with `account:read` speaks for."""
         claims = bearer.read(Headers(request.scope["headers"]))
-        if "account:read" not in claims.scope:
-            raise InsufficientScope("account:read")
 
         async def look(tx: Transaction) -> User | None:
             await bearer.check_live(tx, claims)
+            if "account:read" not in claims.scope:
+                raise InsufficientScope("account:read")
             return None if claims.session_id is None else await users.get(tx, uuid.UUID(claims.subject))
 
         user = await db.run(look)

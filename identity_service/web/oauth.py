@@ -187,6 +187,7 @@ class PresentedTokenEndpoint(FormEndpoint):
         authenticator: ClientAuthenticator,
         db: Database,
         tokens: IssuedTokens,
+        families: RefreshFamilies,
         guesses: FailureBudget,
         *,
         trusted_proxies: Sequence[IPNetwork],
@@ -194,6 +195,7 @@ class PresentedTokenEndpoint(FormEndpoint):
         super().__init__(authenticator, trusted_proxies=trusted_proxies, default_client_id=None)
         self._db = db
         self._tokens = tokens
+        self._families = families
         self._guesses = guesses
 
     async def answer(self, headers: Headers, form: Form, origin: Origin, scope: Scope) -> Reply:
@@ -236,14 +238,13 @@ class RevocationEndpoint(PresentedTokenEndpoint):
         authenticator: ClientAuthenticator,
         db: Database,
         tokens: IssuedTokens,
-        guesses: FailureBudget,
         families: RefreshFamilies,
+        guesses: FailureBudget,
         audit: AuditTrail,
         *,
         trusted_proxies: Sequence[IPNetwork],
     ) -> None:
-        super().__init__(authenticator, db, tokens, guesses, trusted_proxies=trusted_proxies)
-        self._families = families
+        super().__init__(authenticator, db, tokens, families, guesses, trusted_proxies=trusted_proxies)
         self._audit = audit
 
     async def answer_about(self, token: Secret, client: Client, origin: Origin, scope: Scope) -> Reply:
@@ -295,6 +296,9 @@ class IntrospectionEndpoint(PresentedTokenEndpoint):
         """
         if not client.introspect:
             raise IntrospectionNotAllowed("The client may not introspect tokens.", reason="no_introspection")
+        if self._families.read(token) is not None:
+            scope["state"]["reason"] = "refresh_token"
+            return _INACTIVE
         claims = await self._read(token, client, origin, scope)
         if claims is None:
             return _INACTIVE

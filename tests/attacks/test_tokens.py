@@ -274,6 +274,13 @@ async def test_a_token_without_the_scope_may_not(forger: Forger) -> None:
         assert answer.headers["www-authenticate"] == 'Bearer error="insufficient_scope", scope="account:read"'
 
 
+async def test_a_dead_token_is_dead_whatever_it_allows(forger: Forger) -> None:
+    """Who brings one without the scope shall get a new one, not ask for more."""
+    token = forger.forge(claims={"scope": "account:write"})
+    assert (await forger.service.revoke(forger.client, token)).status_code == 200
+    check_refused(await forger.service.me(token), token)
+
+
 # -- shape ------------------------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ async def test_the_token_speaks_for_the_client_and_for_nobody_else(service: Serv
     assert set(answer.json()) == {"access_token", "token_type", "expires_in", "scope"}
     assert (answer.headers["cache-control"], answer.headers["pragma"]) == ("no-store", "no-cache")
     claims = unverified_claims(answer.json()["access_token"])
-    assert set(claims) == {"iss", "sub", "aud", "client_id", "iat", "exp", "jti", "scope"}
+    assert set(claims) == {"iss", "sub", "aud", "client_id", "iat", "exp", "jti", "scope", "epoch"}
     assert claims["sub"] == claims["client_id"] == client.id
     assert claims["iss"] == claims["aud"] == ISSUER
     with pytest.raises(ValueError, match="badly formed"):

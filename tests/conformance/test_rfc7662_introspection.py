@@ -2,7 +2,7 @@
 
 import uuid
 from collections.abc import Awaitable, Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from unittest.mock import patch
 
@@ -298,9 +298,58 @@ async def test_a_clients_own_token_ends_with_its_client(service: Service) -> Non
     await active(service, server, token)
     await service.bump_client_epoch(client)
     await inactive(service, server, token)
-    service.clock.advance(1)
     fresh = (await service.token(client, grant_type="client_credentials")).json()["access_token"]
     await active(service, server, fresh)
+
+
+@pytest.mark.rfc("7662", "2.2")
+@pytest.mark.case("INT-06")
+async def test_a_token_of_a_row_that_was_remembered_too_long_ends_with_its_client(database_url: str) -> None:
+    """Another replica may issue one for a second after the disabling; enabling the client does not bring it to life."""
+    settings = test_settings(database_url)
+    async with running(settings) as one, running(settings) as other:
+        client, server = await one.a_client(audiences=(SIBLING,)), await a_resource_server(one)
+        assert (await other.token(client, grant_type="client_credentials")).status_code == 200
+        await one.within(lambda tx: one.services.clients.set_enabled(tx, client.id, False))
+        late = await other.token(client, grant_type="client_credentials")
+        assert late.status_code == 200, "it remembers the client"
+        await one.within(lambda tx: one.services.clients.set_enabled(tx, client.id, True))
+        for replica in (one, other):
+            replica.clock.advance(2)
+            await inactive(replica, server, late.json()["access_token"])
+
+
+@pytest.mark.rfc("7009", "2.1")
+async def test_a_clients_own_token_can_be_revoked(service: Service) -> None:
+    client, server = await service.a_client(audiences=(SIBLING,)), await a_resource_server(service)
+    token = (await service.token(client, grant_type="client_credentials")).json()["access_token"]
+    assert (await service.revoke(client, token)).status_code == 200
+    await inactive(service, server, token)
+
+
+@pytest.mark.rfc("7662", "2.2")
+async def test_a_token_ends_with_its_sessions_last_day(service: Service) -> None:
+    """Before anybody has cleaned up as well as after."""
+    client = await service.a_client(access_token_ttl=3600, refresh_absolute_ttl=1800, refresh_idle_ttl=1800)
+    token = (await service.sign_in(client, await service.a_user(), resource=SIBLING))["access_token"]
+    server = await a_resource_server(service)
+    service.clock.advance(1799)
+    await active(service, server, token)
+    service.clock.advance(1)
+    await inactive(service, server, token)
+
+
+@pytest.mark.rfc("7662", "2.2")
+async def test_the_leeway_is_the_same_at_every_door(service: Service) -> None:
+    """Introspection, our own API and siblings let go of a token at one instant, 30 seconds after its end."""
+    _, tokens = await a_token(service, resource=ISSUER)
+    server = await a_resource_server(service, ISSUER)
+    service.clock.set(datetime.fromtimestamp(unverified_claims(tokens["access_token"])["exp"] + 29, UTC))
+    await active(service, server, tokens["access_token"])
+    assert (await service.me(tokens["access_token"])).status_code == 200
+    service.clock.advance(1)
+    await inactive(service, server, tokens["access_token"])
+    assert (await service.me(tokens["access_token"])).status_code == 401
 
 
 # -- replicas, limits, outages ----------------------------------------------------------------------------------------
@@ -350,10 +399,36 @@ async def test_guessing_is_answered_429_and_costs_no_query(service: Service, pat
 
 
 @pytest.mark.rfc("7662", "4")
-async def test_tokens_that_were_once_good_are_no_guesses(service: Service) -> None:
-    """A fleet of callers with expired tokens does not use up anybody's budget."""
-    _, tokens = await a_token(service)
+@pytest.mark.parametrize("spoil", [_expired, _key_compromised, _the_refresh_token, _with(nbf=2_000_000_000)])
+async def test_tokens_that_were_once_good_are_no_guesses(service: Service, spoil: Spoil) -> None:
+    """A fleet of callers with expired tokens, or with those of a withdrawn key, does not use up anybody's budget."""
+    client, tokens = await a_token(service)
     server = await a_resource_server(service)
-    service.clock.advance(3600)
+    token = await spoil(service, client, tokens)
     for _ in range(TOKEN_GUESSING.burst + 5):
-        await inactive(service, server, tokens["access_token"])
+        await inactive(service, server, token)
+
+
+@pytest.mark.case("INT-12")
+async def test_the_budget_of_guesses_is_a_networks_own(database_url: str, redis_url: str) -> None:
+    """An IPv6 network is one neighbour; another one is not held up."""
+    settings = test_settings(database_url, redis_url=redis_url)
+    async with (
+        running(settings, peer="2001:db8:0:1::1") as guesser,
+        running(settings, peer="2001:db8:0:1::2") as neighbour,
+        running(settings, peer="2001:db8:0:2::1") as stranger,
+    ):
+        server = await a_resource_server(guesser)
+        statuses = [(await guesser.introspect(server, "junk")).status_code for _ in range(TOKEN_GUESSING.burst + 1)]
+        assert (statuses[0], statuses[-1]) == (200, 429)
+        assert (await neighbour.introspect(server, "junk")).status_code == 429
+        assert (await stranger.introspect(server, "junk")).status_code == 200
+
+
+@pytest.mark.case("INT-12")
+async def test_guesses_are_counted_without_redis_too(database_url: str) -> None:
+    """In each process, and more strictly."""
+    async with running(test_settings(database_url, redis_url="redis://127.0.0.1:1/0")) as service:
+        server = await a_resource_server(service)
+        statuses = [(await service.introspect(server, "junk")).status_code for _ in range(TOKEN_GUESSING.burst)]
+        assert (statuses[0], statuses[-1]) == (200, 429)

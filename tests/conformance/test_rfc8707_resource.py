@@ -61,6 +61,7 @@ FOREIGN = (
 
 
 @pytest.mark.rfc("8707", "2")
+@pytest.mark.case("JWT-28")
 @pytest.mark.parametrize("grant_type", ["client_credentials", "password"])
 async def test_a_resource_that_is_not_the_clients_is_an_invalid_target(
     embedded: Service, grant_type: str, subtests: pytest.Subtests

@@ -72,7 +72,7 @@ async def test_a_clients_own_token_speaks_for_nobody_else(service: Service) -> N
     client = await service.a_client()
     body = await client_token(service, client, scope="orders:read")
     _, claims = parts_of(body["access_token"])
-    assert set(claims) == {"iss", "sub", "aud", "client_id", "iat", "exp", "jti", "scope"}
+    assert set(claims) == {"iss", "sub", "aud", "client_id", "iat", "exp", "jti", "scope", "epoch"}
     assert claims["sub"] == claims["client_id"] == client.id
     assert claims["scope"] == "orders:read"
     with pytest.raises(ValueError, match="badly formed"):

@@ -271,6 +271,13 @@ async def test_why_a_token_was_refused_is_told_to_the_log_alone(
     assert not any(part in caplog.text for part in token.split("."))
 
 
+@pytest.mark.parametrize("scope", ["", "a b", 'a"b', "a\r\nb", "a\\b", "ü"])
+def test_what_is_no_scope_cannot_be_required(issuer: Issuer, scope: str) -> None:
+    """It would be refused for ever, or stand in a header as it is."""
+    with pytest.raises(ValueError, match="must be one scope"):
+        Protect(issuer.url, AUDIENCE).require("orders:read", scope)
+
+
 # -- what the document says -------------------------------------------------------------------------------------------
 
 

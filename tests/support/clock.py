@@ -1,4 +1,4 @@
-"""A clock that stands still until a test moves it."""
+"""Clocks that stand still until a test moves them."""
 
 from datetime import UTC, datetime, timedelta
 from typing import final
@@ -24,3 +24,15 @@ class FrozenClock:
         """Move on by a `timedelta` or a number of seconds (negative: back) and return the new instant."""
         self._now += by if isinstance(by, timedelta) else timedelta(seconds=by)
         return self._now
+
+
+@final
+class UnixClock:
+    """Tell the time as `time.time` does, in seconds: `ahead` of when it `began`, and only the test changes that."""
+
+    def __init__(self, began: float) -> None:
+        self.began = began
+        self.ahead = 0.0
+
+    def __call__(self) -> float:
+        return self.began + self.ahead

@@ -7,15 +7,17 @@ answers.
 
 import functools
 import json
+import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal, Self, final
 
+import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from tests.support.tokens import b64, changed, compact
@@ -44,6 +46,24 @@ def public_jwk(name: str, **members: Any) -> dict[str, Any]:
 def key_set(*jwks: str | Mapping[str, Any]) -> bytes:
     """Return a JWK Set (RFC 7517 §5) of keys that are given as JWKs or by their names."""
     return json.dumps({"keys": [public_jwk(jwk) if isinstance(jwk, str) else jwk for jwk in jwks]}).encode()
+
+
+def wait_for_fetches() -> None:
+    """Return once no verifier of this process is fetching keys, as must happen within a bounded time."""
+    for thread in threading.enumerate():
+        if thread.name == "jwks":
+            thread.join(_PATIENCE)
+            assert not thread.is_alive(), "a thread is left behind"
+
+
+def resolve_internal(monkeypatch: pytest.MonkeyPatch, address: Callable[[], str]) -> None:
+    """Let the name `id.internal` have the address that `address` returns, or fail to resolve as it fails."""
+    look_up = socket.getaddrinfo
+
+    def resolve(host: Any, *rest: Any, **more: Any) -> Any:
+        return look_up(address() if host in ("id.internal", b"id.internal") else host, *rest, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
 
 
 @final

@@ -8,7 +8,7 @@ import httpx2
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from identity_service.verifier import TokenVerifier
+from identity_service.verifier import TokenVerifier, jwks
 from identity_service.verifier.jwks import BadKeySet, JwksSource, check_url, lifetimes, read_key_set
 from tests.support.issuer import AUDIENCE, key_set, private_key, public_jwk
 from tests.support.tokens import OMIT, b64
@@ -356,3 +356,48 @@ def test_of_two_spans_the_first_counts(control: str) -> None:
 def test_what_is_no_number_is_no_span(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="not negative"):
         TokenVerifier("https://id.example", AUDIENCE, **options)
+
+
+# -- finding it -------------------------------------------------------------------------------------------------------
+
+
+class Web:
+    """Answers for an issuer that is elsewhere: its metadata, and the same keys at every other address."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, jwks_uri: str) -> None:
+        self.jwks_uri = jwks_uri
+        self.asked: list[str] = []
+        monkeypatch.setattr(jwks, "_get", self._get)
+
+    async def _get(self, url: str, _headers: object) -> tuple[dict[str, str], bytes]:
+        self.asked.append(url)
+        if "/.well-known/oauth" in url:
+            return {}, json.dumps({"issuer": ISSUER, "jwks_uri": self.jwks_uri}).encode()
+        return {}, key_set("k1")
+
+
+@pytest.mark.rfc("8414", "3.2")
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:2375/keys", "http://localhost/keys", "http://[::1]/keys"])
+def test_an_issuer_elsewhere_cannot_send_anybody_to_their_own_machine(
+    monkeypatch: pytest.MonkeyPatch, uri: str
+) -> None:
+    """What listens there was never meant for it."""
+    web = Web(monkeypatch, uri)
+    with pytest.raises(BadKeySet, match="no jwks_uri that can be trusted"):
+        JwksSource(ISSUER, None, allow_http=False, timeout=5).fetch(past_caches=False)
+    assert uri not in web.asked
+
+
+def test_keys_that_have_moved_are_looked_for_within_a_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the old place still answers: the issuer may have left it for a reason."""
+    web, now = Web(monkeypatch, "https://old.example/keys"), 1000.0
+    monkeypatch.setattr(jwks.time, "monotonic", lambda: now)
+    source = JwksSource(ISSUER, None, allow_http=False, timeout=5)
+    source.fetch(past_caches=False)
+    web.jwks_uri = "https://new.example/keys"
+    now += 86400
+    source.fetch(past_caches=False)
+    assert web.asked[-1] == "https://old.example/keys"
+    now += 1
+    source.fetch(past_caches=False)
+    assert web.asked[-1] == "https://new.example/keys"

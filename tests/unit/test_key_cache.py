@@ -16,25 +16,18 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from identity_service.verifier import KeysUnavailable, TokenRefused
 from identity_service.verifier.jwks import BadKeySet, Fetched, Keys
 from identity_service.verifier.keys import Flight, KeyCache
-from tests.support.issuer import private_key
+from tests.support.clock import UnixClock
+from tests.support.issuer import private_key, wait_for_fetches
 
 START = 1_800_000_000.0
 FRESH, USABLE, MAX_STALE = 300.0, 900.0, 86400.0
 _PATIENCE = 30.0  # seconds; what is waited for takes milliseconds
 
 
-class Clock:
-    """Tells what the test says."""
-
-    def __init__(self) -> None:
-        self.now = START
-
-    def __call__(self) -> float:
-        return self.now
-
-
 class Script:
     """A source of keys. `asked` has an entry for each fetch: whether it was to go past the caches."""
+
+    issuer = "https://id.example"
 
     def __init__(self, *kids: str) -> None:
         self.fetched = Fetched(keys_named(*kids), FRESH, USABLE)
@@ -55,14 +48,6 @@ def keys_named(*kids: str) -> Keys:
     return {kid: private_key("k1").public_key() for kid in kids}
 
 
-def settle() -> None:
-    """Wait until no fetch is under way."""
-    for thread in threading.enumerate():
-        if thread.name == "jwks":
-            thread.join(_PATIENCE)
-            assert not thread.is_alive()
-
-
 class Stage:
     """
     A cache, its source and its clock.
@@ -71,7 +56,7 @@ class Stage:
     """
 
     def __init__(self, *kids: str, **options: Any) -> None:
-        self.clock = Clock()
+        self.clock = UnixClock(START)
         self.source = Script(*kids)
         self.cache = KeyCache(self.source, self.clock, **{"max_stale": MAX_STALE, **options})  # type: ignore[arg-type]
 
@@ -80,7 +65,7 @@ class Stage:
     def at(self, seconds: float) -> None:
         """Let it be so many seconds after the start."""
         self._settle()
-        self.clock.now = START + seconds
+        self.clock.ahead = seconds
 
     def publish(self, *kids: str, usable: float = USABLE) -> None:
         """Let the issuer answer with these keys from now on."""
@@ -109,7 +94,7 @@ class Stage:
 
     def _settle(self) -> None:
         if self.source.may_answer.is_set():
-            settle()
+            wait_for_fetches()
 
     # -- the play -------------------------------------------------------------------------------------------------
 
@@ -163,7 +148,7 @@ class Stage:
 @pytest.fixture(autouse=True)
 def _nothing_is_left_behind() -> Iterator[None]:
     yield
-    settle()
+    wait_for_fetches()
 
 
 @pytest.fixture
@@ -300,6 +285,30 @@ def test_a_key_that_was_published_before_it_signs_costs_nobody_a_wait(stage: Sta
     assert stage.asked == [False, False]
 
 
+def test_who_is_held_up_on_the_way_to_the_lock_causes_no_fetch_of_his_own() -> None:
+    """The clock is read under the lock: whoever reads it before would find newer keys overdue."""
+    stage = Stage("k1")
+    inside, go_on = threading.Event(), threading.Event()
+    read = stage.cache._clock
+
+    def clock() -> float:
+        now = read()
+        if threading.current_thread().name == "held up":
+            inside.set()
+            go_on.wait(0.3)
+        return now
+
+    stage.cache._clock = clock
+    slow = threading.Thread(target=stage.look, name="held up")
+    slow.start()
+    assert inside.wait(_PATIENCE)
+    stage.clock.ahead += 1
+    assert stage.known()
+    go_on.set()
+    slow.join(_PATIENCE)
+    assert stage.fetches == 1
+
+
 # -- while the issuer is away -----------------------------------------------------------------------------------------
 
 
@@ -375,6 +384,21 @@ def test_keys_that_nobody_has_confirmed_for_too_long_are_given_up(max_stale: flo
     stage.recover()
     stage.at(max_stale + 120)
     assert stage.known(), "when the issuer is back, so are they"
+
+
+def test_an_outage_may_last_as_long_as_it_likes() -> None:
+    stage = Stage("k1", max_stale=10 * MAX_STALE)
+    assert stage.known()
+    stage.fail()
+    now = 1000.0
+    for _ in range(1100):
+        stage.at(now)
+        assert stage.known()
+        now += 31
+    stage.recover()
+    stage.at(now)
+    assert stage.at_once()
+    assert stage.fresh
 
 
 def test_failed_attempts_prolong_nothing(stage: Stage) -> None:
@@ -453,7 +477,7 @@ def test_a_failure_is_logged_with_its_cause_and_new_keys_by_name(
     stage.fail(BadKeySet("https://id.example/jwks answered 502"))
     stage.at(1000)
     assert stage.known()
-    failed = "the issuer's keys could not be fetched: BadKeySet: https://id.example/jwks answered 502"
+    failed = "the keys of https://id.example could not be fetched: BadKeySet: https://id.example/jwks answered 502"
     assert [(record.levelno, record.getMessage()) for record in caplog.records] == [(logging.WARNING, failed)]
     caplog.clear()
     stage.recover()
@@ -463,7 +487,7 @@ def test_a_failure_is_logged_with_its_cause_and_new_keys_by_name(
     stage.at(1100 + USABLE)
     assert stage.known("k2")
     said = [(record.levelno, record.getMessage()) for record in caplog.records]
-    assert said == [(logging.INFO, "the issuer's keys are now: k2, k3")], "once, not with every fetch"
+    assert said == [(logging.INFO, "the keys of https://id.example are now: k2, k3")], "once, not with every fetch"
 
 
 # -- a clock that was set ---------------------------------------------------------------------------------------------
@@ -533,7 +557,7 @@ def test_a_stranger_has_to_wait_only_where_a_fetch_may_help(stage: Stage) -> Non
         assert isinstance(stage.look("stranger"), Flight)
         assert stage.look("other") is stage.look("stranger"), "the same fetch answers both"
         assert stage.at_once("k1")
-    settle()
+    wait_for_fetches()
     with pytest.raises(TokenRefused):
         stage.look("third")
 
@@ -584,7 +608,7 @@ def test_of_the_ids_that_were_looked_for_in_vain_a_thousand_are_remembered(stage
     def look_for(some: Sequence[str]) -> None:
         with stage.silence():
             flights = {stage.look(kid) for kid in some}
-        settle()
+        wait_for_fetches()
         assert all(isinstance(flight, Flight) for flight in flights)
         assert len(flights) == 1
         for kid in some:
@@ -676,41 +700,3 @@ def test_initial_keys_do_no_longer_than_any_others() -> None:
     stage = Stage(initial=keys_named("k1"), max_stale=0)
     stage.fail()
     assert stage.unavailable("k1")
-
-
-def test_an_outage_may_last_as_long_as_it_likes() -> None:
-    stage = Stage("k1", max_stale=10 * MAX_STALE)
-    assert stage.known()
-    stage.fail()
-    now = 1000.0
-    for _ in range(1100):
-        stage.at(now)
-        assert stage.known()
-        now += 31
-    stage.recover()
-    stage.at(now)
-    assert stage.at_once()
-    assert stage.fresh
-
-
-def test_who_is_held_up_on_the_way_to_the_lock_causes_no_fetch_of_his_own() -> None:
-    stage = Stage("k1")
-    inside, go_on = threading.Event(), threading.Event()
-    read = stage.cache._clock
-
-    def clock() -> float:
-        now = read()
-        if threading.current_thread().name == "held up":
-            inside.set()
-            go_on.wait(1)
-        return now
-
-    stage.cache._clock = clock
-    slow = threading.Thread(target=stage.look, name="held up")
-    slow.start()
-    inside.wait()
-    stage.clock.now += 1
-    assert stage.known()
-    go_on.set()
-    slow.join()
-    assert stage.fetches == 1

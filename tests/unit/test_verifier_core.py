@@ -446,3 +446,14 @@ def test_headers_by_the_thousand_push_nothing_good_out_of_place() -> None:
         assert reason(f"{header}.{payload}.{signature}") == "kid_unknown"
     assert read(genuine)
     assert reason(compact({**HEADER, "kid": "stranger-999"}, CLAIMS, KEY)) == "kid_unknown"
+
+
+def test_one_audience_is_given_as_a_collection_of_one() -> None:
+    """In a text every part of it would be found."""
+    with pytest.raises(TypeError, match="collection"):
+        verify(token(), key_of=lambda kid: KEY.public_key(), issuer=ISSUER, audiences=SIBLING, now=NOW)
+
+
+def test_only_a_space_separates_scopes() -> None:
+    claims = read(token(claims={"scope": " orders:read\u00a0admin:write  a\tb "}))
+    assert claims.scope == {"orders:read\u00a0admin:write", "a\tb"}

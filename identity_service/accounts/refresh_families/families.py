@@ -132,9 +132,15 @@ _LIVE = (
         JOIN users u ON u.id = f.user_id AND u.enabled AND u.epoch = f.user_epoch
         JOIN clients c ON c.id = f.client_id AND c.enabled AND c.epoch = f.client_epoch
         WHERE f.id = :id AND f.user_id = :user AND f.client_id = :client AND f.revoked_at IS NULL
+          AND f.absolute_expires_at > :now
         """
     )
-    .bindparams(bindparam("id", type_=Uuid()), bindparam("user", type_=Uuid()), bindparam("client", type_=String()))
+    .bindparams(
+        bindparam("id", type_=Uuid()),
+        bindparam("user", type_=Uuid()),
+        bindparam("client", type_=String()),
+        bindparam("now", type_=UtcDateTime()),
+    )
     .columns(id=Uuid())
 )
 
@@ -294,7 +300,8 @@ class RefreshFamilies:
 
     async def live(self, tx: Transaction, family_id: uuid.UUID, *, user_id: uuid.UUID, client_id: str) -> bool:
         """Return whether a family, its user and its client are all still good; what a bearer of its tokens needs."""
-        row = await tx.fetch_hot(_LIVE, {"id": family_id, "user": user_id, "client": client_id})
+        now = self._clock.now()
+        row = await tx.fetch_hot(_LIVE, {"id": family_id, "user": user_id, "client": client_id, "now": now})
         return row is not None
 
     async def clean_up(self, tx: Transaction, *, batch: int) -> int:

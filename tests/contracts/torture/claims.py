@@ -329,7 +329,7 @@ def others(forge: Forge) -> Iterator[Draft]:
         (
             "client-itself",
             "A client speaks for itself: it is the subject, and there is no session (RFC 9068 §2.2).",
-            {**person, "sub": CLIENT},
+            {**person, "sub": CLIENT, "epoch": 0},
         ),
         ("jti-odd", "The token's own name is long and odd.", {"jti": "urn:x: /?#" * 12}),
         (
