@@ -319,6 +319,22 @@ async def test_a_token_of_a_row_that_was_remembered_too_long_ends_with_its_clien
             await inactive(replica, server, late.json()["access_token"])
 
 
+@pytest.mark.rfc("7662", "2.2")
+async def test_a_token_that_is_newer_than_the_remembered_row_is_good(database_url: str) -> None:
+    """A client that was disabled and enabled again is not refused by a replica that remembers how it was before."""
+    settings = test_settings(database_url)
+    async with running(settings) as one, running(settings) as other:
+        client, server = await one.a_client(audiences=(SIBLING,)), await a_resource_server(one)
+        old = (await other.token(client, grant_type="client_credentials")).json()["access_token"]
+        await active(other, server, old)
+        await one.bump_client_epoch(client)
+        new = (await one.token(client, grant_type="client_credentials")).json()["access_token"]
+        await active(other, server, new)
+        other.clock.advance(1)
+        await active(other, server, new)
+        await inactive(other, server, old)
+
+
 @pytest.mark.rfc("7009", "2.1")
 async def test_a_clients_own_token_can_be_revoked(service: Service) -> None:
     client, server = await service.a_client(audiences=(SIBLING,)), await a_resource_server(service)
