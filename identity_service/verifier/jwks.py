@@ -160,7 +160,9 @@ class JwksSource:
         try:
             return loop.run_until_complete(self._fetch(past_caches))
         finally:
-            loop.close()  # without waiting for a name that takes long to resolve, as `asyncio.run` would
+            # What `asyncio.run` does, but for waiting until a name that takes long has been resolved.
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()
 
     async def _fetch(self, past_caches: bool) -> Fetched:
         headers = {"accept": "application/json", "accept-encoding": "identity"}
