@@ -300,6 +300,8 @@ async def test_a_clients_own_token_ends_with_its_client(service: Service) -> Non
     await inactive(service, server, token)
     fresh = (await service.token(client, grant_type="client_credentials")).json()["access_token"]
     await active(service, server, fresh)
+    await _client_row_disabled(service, client, {"access_token": fresh})
+    await inactive(service, server, fresh)
 
 
 @pytest.mark.rfc("7662", "2.2")
