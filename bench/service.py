@@ -8,7 +8,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ import psycopg
 import identity_service
 from bench import machine
 from bench.load import Call
-from tests.support.servers import DURABLE, LocalPostgres, own_postgres
+from tests.support.servers import DURABLE, LocalPostgres, free_port, own_postgres
 
 ISSUER = "https://id.example"
 COMMAND = (str(Path(sys.executable).with_name("identity-service")),)
@@ -62,7 +61,7 @@ class Service:
     def __init__(self, server: LocalPostgres, cores: machine.Cores, log: Path) -> None:
         database_url = server.create_database("bench")
         self.cores = cores
-        self.port = _free_port()
+        self.port = free_port()
         self.disk = server.folder.parent
         self._log = log
         self._worker: subprocess.Popen[bytes] | None = None
@@ -240,9 +239,3 @@ def _postmaster(url: str) -> int:
     with psycopg.connect(url.replace("postgresql+psycopg://", "postgresql://", 1)) as connection:
         row: Any = connection.execute("SELECT pg_backend_pid()").fetchone()
         return machine.parent(row[0])
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -14,12 +14,10 @@ import json
 import secrets
 import subprocess
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from statistics import median
 from typing import Any
 
@@ -33,6 +31,7 @@ from joserfc.jwk import RSAKey
 from bench import machine
 from bench.service import BenchError
 from identity_service.verifier import TokenRefused, TokenVerifier
+from tests.support.issuer import AUDIENCE, JWKS, Issuer
 
 BARE = "RSA verify (cryptography)"
 VERIFY = "TokenVerifier.verify"
@@ -45,7 +44,8 @@ ROUND_SECONDS = 0.3
 TOKENS = 2048
 BATCH = 64
 LIFETIME = 600
-ISSUER, AUDIENCE = "https://id.example", "https://orders.example"
+ISSUER = "https://id.example"
+_CACHING = {"Cache-Control": "public, max-age=300, stale-while-revalidate=600, stale-if-error=3600"}
 
 Contender = Callable[[slice], Awaitable[None]]
 
@@ -98,20 +98,9 @@ async def _verifier_of(key: RSAKey) -> TokenVerifier:
     """Return a verifier that has fetched the keys, and has them fresh for longer than the measurement takes."""
     key_set = json.dumps({"keys": [{**key.as_dict(private=False), "use": "sig", "alg": "RS256"}]}).encode()
 
-    class Answer(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("Cache-Control", "public, max-age=300, stale-while-revalidate=600, stale-if-error=3600")
-            self.send_header("Content-Length", str(len(key_set)))
-            self.end_headers()
-            self.wfile.write(key_set)
-
-        def log_message(self, *_: object) -> None:
-            """Say nothing."""
-
-    with HTTPServer(("127.0.0.1", 0), Answer) as server:
-        threading.Thread(target=server.handle_request, daemon=True).start()
-        verifier = TokenVerifier(ISSUER, AUDIENCE, jwks_uri=f"http://127.0.0.1:{server.server_port}/jwks.json")
+    with Issuer() as server:
+        server.answer(JWKS, headers=_CACHING, body=key_set)
+        verifier = TokenVerifier(ISSUER, AUDIENCE, jwks_uri=server.origin + JWKS)
         await verifier.verify(_token(key))
     return verifier
 

@@ -97,6 +97,13 @@ class FormEndpoint(ABC):
     async def answer(self, headers: Headers, form: Form, origin: Origin, scope: Scope) -> Reply:
         """Return the answer to a parsed request."""
 
+    async def _client(self, headers: Headers, form: Form, origin: Origin, scope: Scope) -> Client:
+        """Authenticate the client and name it in the request's log line; raises InvalidClient, InvalidRequest."""
+        credentials = client_credentials(headers, form.values, default=self._default_client_id)
+        client = await self._authenticator.authenticate(credentials, origin)
+        scope["state"]["client_id"] = client.id
+        return client
+
 
 @final
 class TokenEndpoint(FormEndpoint):
@@ -124,10 +131,8 @@ class TokenEndpoint(FormEndpoint):
         grant_type = form.values.get("grant_type")
         if grant_type is None:
             raise InvalidRequest("The parameter grant_type is missing.", reason="parameter_missing")
-        credentials = client_credentials(headers, form.values, default=self._default_client_id)
-        client = await self._authenticator.authenticate(credentials, origin)
+        client = await self._client(headers, form, origin, scope)
         label = grant_type if grant_type in self._pipeline.grant_types else "other"
-        scope["state"]["client_id"] = client.id
         try:
             request = self._pipeline.admit(
                 client,
@@ -200,9 +205,7 @@ class PresentedTokenEndpoint(FormEndpoint):
 
     async def answer(self, headers: Headers, form: Form, origin: Origin, scope: Scope) -> Reply:
         """Authenticate the client and answer about the token; a hint of its type is not needed (RFC 7009 §2.1)."""
-        credentials = client_credentials(headers, form.values, default=self._default_client_id)
-        client = await self._authenticator.authenticate(credentials, origin)
-        scope["state"]["client_id"] = client.id
+        client = await self._client(headers, form, origin, scope)
         if (text := form.values.get("token")) is None:
             raise InvalidRequest("The parameter token is missing.", reason="parameter_missing")
         return await self.answer_about(Secret(text), client, origin, scope)

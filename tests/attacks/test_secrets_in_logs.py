@@ -27,6 +27,7 @@ from identity_service.infra.runtime import Secret
 from identity_service.infra.tables import metadata
 from identity_service.main import Services, build_services
 from tests.support.server_process import ServerProcess
+from tests.support.servers import free_port
 from tests.support.service import ISSUER, MASTER_KEY, test_settings
 
 PASSWORD = "Kanarienvogel-Passwort-77"
@@ -35,13 +36,6 @@ IN_THE_NAME = "Kanarienvogel-im-Namensfeld-99"
 KEY = "Kanarienvogel-Idempotenz-00"
 QUERY = "Kanarienvogel-in-der-Adresse-11"
 EMAIL = "kanarie@example.org"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ import typer
 from typer.testing import CliRunner
 
 from identity_service.cli import app
+from tests.support.servers import free_port
 from tests.support.service import MASTER_KEY
 
 ROOT = Path(__file__).parents[2]
@@ -521,13 +522,6 @@ def test_a_data_directory_that_is_none_is_told_so(bare: Cli, tmp_path: Path) -> 
 
 
 # -- the server of `dev` ----------------------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @dataclass

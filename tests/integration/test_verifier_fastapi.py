@@ -1,6 +1,6 @@
 """The verifier in front of a sibling's routes: who gets in, what the others are told, and what the document says."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import httpx2
@@ -20,12 +20,6 @@ Header = tuple[str, str]
 NOBODY = 'Bearer scope="orders:read"'
 BAD = 'Bearer error="invalid_token", scope="orders:read"'
 TOO_LITTLE = 'Bearer error="insufficient_scope", scope="orders:read"'
-
-
-@pytest.fixture
-def issuer() -> Iterator[Issuer]:
-    with Issuer() as issuer:
-        yield issuer
 
 
 @pytest.fixture

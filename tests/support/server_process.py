@@ -3,9 +3,7 @@
 import atexit
 import http.client
 import os
-import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Self, final
 
+from tests.support.servers import free_port
 from tests.support.service import MASTER_KEY
 
 _ROOT = Path(__file__).parents[2]
@@ -106,7 +105,7 @@ class ServerProcess:
 
     def _start(self) -> None:
         for attempts_left in (2, 1, 0):
-            self.port = _free_port()
+            self.port = free_port()
             self._spawn()
             if self._wait_until_ready():
                 return
@@ -157,15 +156,3 @@ class ServerProcess:
                 process.kill()
                 process.wait()
         return process.returncode
-
-
-def _free_port() -> int:
-    """Return a free port below those the kernel gives to outgoing connections, so that it stays free for a moment."""
-    while True:
-        port = 20_000 + secrets.randbelow(12_000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port

@@ -536,7 +536,7 @@ class _Box:
     def start_on_a_free_port(self, start_on: Callable[[int], None]) -> None:
         """Call `start_on` with a free port; again, with another one, if a stranger was quicker to take it."""
         for attempts_left in (2, 1, 0):
-            self.port = _free_port()
+            self.port = free_port()
             try:
                 start_on(self.port)
             except ServerUnavailableError as error:
@@ -664,7 +664,7 @@ def _environment(program: Path) -> dict[str, str]:
     return environment
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """
     Return a free port of 127.0.0.1 below the range from which the kernel gives ports to outgoing connections.
 
