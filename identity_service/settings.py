@@ -7,6 +7,8 @@ has a default: what would be unsafe must be asked for, and some of it cannot be 
 
 import ipaddress
 import json
+import re
+from email.utils import parseaddr
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -21,6 +23,7 @@ Words = Annotated[tuple[str, ...], NoDecode]
 
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _DAY = 86400
+_MAIL_FROM = re.compile(r"[^\s@<>]+@[^\s@<>]+")
 
 
 class UnsafeSettings(Exception):
@@ -70,6 +73,27 @@ class Settings(BaseSettings):
     hash_queue: int = Field(64, ge=0, le=10_000)
     hash_wait: float = Field(2.0, gt=0, le=30)
     refusal_delay: float = Field(0.25, ge=0, le=5)
+
+    registration: Literal["open", "private", "closed"] = "closed"
+    service_name: str = Field("Identity", min_length=1, max_length=60)
+    purge_after: int = Field(30 * _DAY, ge=0, le=3660 * _DAY)
+    audit_retention: int = Field(400 * _DAY, ge=_DAY, le=36600 * _DAY)
+    bootstrap_secret: SecretStr = SecretStr("")
+    bootstrap_secret_file: Path | None = None
+
+    mail_from: str = ""
+    smtp_host: str = ""
+    smtp_port: int = Field(587, ge=1, le=65535)
+    smtp_security: Literal["starttls", "tls", "none"] = "starttls"
+    smtp_username: str = ""
+    smtp_password: SecretStr = SecretStr("")
+    mail_queue: int = Field(10_000, ge=1, le=1_000_000)
+    email_verification_ttl: int = Field(_DAY, ge=300, le=30 * _DAY)
+    password_reset_ttl: int = Field(1800, ge=300, le=_DAY)
+
+    api_key_rate: int = Field(600, ge=1, le=1_000_000)
+    api_key_max_ttl: int | None = Field(None, ge=3600, le=3660 * _DAY)
+    client_rate: int = Field(200, ge=1, le=1_000_000)
 
     signing_key_bits: Literal[2048, 3072, 4096] = 2048
     signing_key_lead: int = Field(_DAY, ge=1920, le=30 * _DAY)
@@ -134,6 +158,19 @@ class Settings(BaseSettings):
         return self.issuer or f"http://127.0.0.1:{self.port}"
 
     @property
+    def mailbox(self) -> Path | None:
+        """Where a development server writes its mails; None where they are sent, and in production."""
+        if self.production or self.smtp_host:
+            return None
+        default: Path = type(self).model_fields["data_dir"].default
+        return Path(".mailbox") if self.data_dir.resolve() == default.resolve() else self.data_dir / "mailbox"
+
+    @property
+    def sends_mail(self) -> bool:
+        """Whether mail can be sent at all; what needs it is switched off otherwise."""
+        return bool(self.smtp_host) or self.mailbox is not None
+
+    @property
     def hosts(self) -> tuple[str, ...]:
         """The Host values that are answered: the issuer's own, and those that are named."""
         own = urlsplit(self.public_issuer).hostname or ""
@@ -169,6 +206,35 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _mail_is_possible(self) -> Self:
+        if self.smtp_host and not self.mail_from:
+            raise ValueError("IDENTITY_MAIL_FROM is not set: name the address that mails come from")
+        name, address = parseaddr(self.mail_from)
+        writable = bool(_MAIL_FROM.fullmatch(address)) and address.isascii() and (name + address).isprintable()
+        if self.mail_from and not writable:
+            raise ValueError("IDENTITY_MAIL_FROM: an ASCII address, or a name and such an address in angle brackets")
+        if not self.service_name.isprintable():
+            raise ValueError("IDENTITY_SERVICE_NAME: 1 to 60 printable characters")
+        if self.registration == "private" and not self.require_verified_email:
+            raise ValueError(
+                "IDENTITY_REGISTRATION=private needs IDENTITY_REQUIRE_VERIFIED_EMAIL=true: otherwise, who can sign"
+                " in at once knows that the address was free"
+            )
+        needs_mail = self.registration == "private" or (self.registration == "open" and self.require_verified_email)
+        if needs_mail and not self.sends_mail:
+            raise ValueError("IDENTITY_SMTP_HOST is not set: this kind of registration needs mail")
+        return self
+
+    @model_validator(mode="after")
+    def _bootstrap_secret_is_strong(self) -> Self:
+        secret = self.bootstrap_secret.get_secret_value()
+        if secret and self.bootstrap_secret_file is not None:
+            raise ValueError("set IDENTITY_BOOTSTRAP_SECRET or IDENTITY_BOOTSTRAP_SECRET_FILE, not both")
+        if secret and weak_secret(secret):
+            raise ValueError("IDENTITY_BOOTSTRAP_SECRET: at least 32 random characters: openssl rand -base64 32")
+        return self
+
+    @model_validator(mode="after")
     def _production_is_safe(self) -> Self:
         if not self.production:
             return self
@@ -193,6 +259,9 @@ class Settings(BaseSettings):
             ),
             "IDENTITY_REFUSAL_DELAY must be at least 0.1: without it the time tells which names exist": (
                 self.refusal_delay < 0.1
+            ),
+            "IDENTITY_SMTP_SECURITY must be starttls or tls: mails carry links that open accounts": (
+                bool(self.smtp_host) and self.smtp_security == "none" and self.smtp_host not in _LOOPBACK
             ),
             "IDENTITY_LOG_LEVEL must not be DEBUG in production": self.log_level == "DEBUG",
         }
@@ -222,6 +291,11 @@ class Settings(BaseSettings):
             if not known:
                 raise ValueError(wrong)
         return self
+
+
+def weak_secret(text: str) -> bool:
+    """Return whether a secret is shorter or plainer than what a random generator gives."""
+    return len(text) < 32 or len(set(text)) < 12
 
 
 def _json_list(text: str) -> list[Any]:

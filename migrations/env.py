@@ -1,11 +1,23 @@
 """How alembic reaches the database; `identity-service migrate` hands it the URL."""
 
+import time
+
 from alembic import context
-from sqlalchemy import create_engine, text
+from sqlalchemy import Connection, create_engine, text
 
 from identity_service.infra.tables import metadata
 
 _ONE_AT_A_TIME = 0x1DE27170  # the advisory lock that makes simultaneous migrations queue up
+
+
+_ASK_AGAIN = 0.2  # seconds
+
+
+def _wait_for_our_turn(connection: Connection) -> None:
+    """Take the lock. Who waits for it inside a statement would hold up the building of an index by who has it."""
+    while not connection.execute(text(f"SELECT pg_try_advisory_lock({_ONE_AT_A_TIME})")).scalar_one():
+        connection.rollback()
+        time.sleep(_ASK_AGAIN)
 
 
 def run() -> None:
@@ -13,7 +25,7 @@ def run() -> None:
     engine = create_engine(context.config.attributes["url"], hide_parameters=True)
     with engine.connect() as connection:
         if connection.dialect.name == "postgresql":
-            connection.execute(text(f"SELECT pg_advisory_lock({_ONE_AT_A_TIME})"))
+            _wait_for_our_turn(connection)
             connection.execute(text("SET lock_timeout = '5s'"))
             connection.commit()
         context.configure(

@@ -11,6 +11,7 @@ from sqlalchemy import (
     JSON,
     BigInteger,
     Boolean,
+    CheckConstraint,
     Column,
     DateTime,
     Dialect,
@@ -22,12 +23,14 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    UniqueConstraint,
     Uuid,
+    text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import TypeDecorator
 
-SCHEMA_REVISION = "0002"
+SCHEMA_REVISION = "0004"
 """The oldest migration this code can work on. Revisions are numbered, so a newer one compares greater."""
 
 
@@ -109,7 +112,9 @@ roles = Table(
     "roles",
     metadata,
     Column("name", String(64), primary_key=True),
-    Column("rank", Integer, nullable=False, unique=True),
+    Column("rank", Integer, nullable=False, unique=True),  # the order in which roles are listed
+    Column("parent", ForeignKey("roles.name")),  # whose scopes the role holds besides its own
+    Column("description", Text),
 )
 
 role_scopes = Table(
@@ -135,6 +140,23 @@ users = Table(
     Column("epoch", BigInteger, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
     Column("updated_at", UtcDateTime, nullable=False),
+    Column("name", String(200)),
+    Column("deleted_at", UtcDateTime),
+    Column("deleted_as", JsonValue),  # the names of a deleted user, whom others may have taken meanwhile
+)
+Index("ix_users_role_id", users.c.role, users.c.id)
+# PostgreSQL has two more, ix_users_username_c and ix_users_email_canonical_c, which only the migration can spell: a
+# search by prefix that is sorted and paged needs an index in the collation "C".
+for _name, _condition in {
+    "ix_users_disabled": "NOT enabled",
+    "ix_users_unverified": "email_verified_at IS NULL",
+}.items():
+    Index(_name, users.c.id, postgresql_where=text(_condition), sqlite_where=text(_condition))
+Index(
+    "ix_users_deleted_at",
+    users.c.deleted_at,
+    postgresql_where=text("deleted_at IS NOT NULL"),
+    sqlite_where=text("deleted_at IS NOT NULL"),
 )
 
 clients = Table(
@@ -160,6 +182,7 @@ clients = Table(
     Column("epoch_at", UtcDateTime, nullable=False),  # when the epoch moved on; the version before this one reads it
     Column("created_at", UtcDateTime, nullable=False),
     Column("updated_at", UtcDateTime, nullable=False),
+    Column("exchange_audiences", JsonValue, nullable=False, server_default=text("'[]'")),
 )
 
 client_secrets = Table(
@@ -196,6 +219,8 @@ refresh_families = Table(
     Column("absolute_expires_at", UtcDateTime, nullable=False, index=True),
     Column("revoked_at", UtcDateTime),
     Column("revoked_reason", String(32)),
+    Column("user_agent", String(256)),  # of the sign-in, as sent
+    Column("network", String(64)),  # of the sign-in
     Index(None, "user_id", "client_id"),
     Index(None, "client_id"),
 )
@@ -205,6 +230,87 @@ revoked_tokens = Table(
     metadata,
     Column("jti", Text, primary_key=True),
     Column("expires_at", UtcDateTime, nullable=False, index=True),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", String(11), primary_key=True),
+    Column("user_id", ForeignKey("users.id", ondelete="CASCADE"), index=True),
+    Column("client_id", ForeignKey("clients.id", ondelete="CASCADE"), index=True),
+    Column("name", String(100), nullable=False),
+    Column("scope", Text, nullable=False),
+    Column("networks", JsonValue, nullable=False),  # where it may be used from; empty: anywhere
+    Column("digest", LargeBinary, nullable=False),
+    Column("mac_kid", String(32), nullable=False),
+    Column("last4", String(4), nullable=False),
+    Column("previous_digest", LargeBinary),
+    Column("previous_mac_kid", String(32)),
+    Column("previous_expires_at", UtcDateTime),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("rotated_at", UtcDateTime),
+    Column("expires_at", UtcDateTime, index=True),
+    Column("expiry_warned_at", UtcDateTime),
+    Column("last_used_at", UtcDateTime),
+    Column("revoked_at", UtcDateTime),
+    CheckConstraint("(user_id IS NULL) <> (client_id IS NULL)", name="one_owner"),
+)
+
+email_tokens = Table(
+    "email_tokens",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("purpose", String(16), nullable=False),
+    Column("user_id", ForeignKey("users.id", ondelete="CASCADE"), nullable=False),
+    Column("email", String(254), nullable=False),  # the address that the token was sent to, and proves
+    Column("user_epoch", BigInteger, nullable=False),
+    Column("digest", LargeBinary, nullable=False, unique=True),
+    Column("mac_kid", String(32), nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("expires_at", UtcDateTime, nullable=False, index=True),
+    UniqueConstraint("user_id", "purpose"),  # a newer one replaces the older
+)
+
+outbox = Table(
+    "outbox",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("template", String(32), nullable=False),
+    Column("recipient", String(254), nullable=False),
+    Column("context", JsonValue, nullable=False),
+    Column("token_id", ForeignKey("email_tokens.id", ondelete="CASCADE"), index=True),  # a dead link is not sent
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("next_attempt_at", UtcDateTime, nullable=False, index=True),
+)
+
+leases = Table(
+    "leases",
+    metadata,
+    Column("name", String(32), primary_key=True),
+    Column("holder", String(64)),
+    Column("until", UtcDateTime),
+    Column("done_at", UtcDateTime),  # when the job last ended well
+)
+
+spent_bootstrap_secrets = Table(
+    "spent_bootstrap_secrets",
+    metadata,
+    Column("digest", LargeBinary, primary_key=True),
+    Column("spent_at", UtcDateTime, nullable=False),
+)
+
+audit_chain = Table(
+    "audit_chain",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("seq", BigInteger, nullable=False),  # of the newest sealed row
+    Column("mac", LargeBinary, nullable=False),
+    Column("base_seq", BigInteger, nullable=False),  # of the newest row that retention removed
+    Column("base_mac", LargeBinary, nullable=False),
+    Column("base_kid", String(32)),
+    Column("base_proof", LargeBinary),  # that it was us who removed up to there
+    Column("sealed_at", UtcDateTime),
 )
 
 audit_events = Table(
@@ -220,7 +326,20 @@ audit_events = Table(
     Column("request_id", String(64)),
     Column("occurrences", Integer, nullable=False),
     Column("detail", JsonValue, nullable=False),
+    Column("seq", BigInteger),  # its place in the chain; empty until it is sealed
+    Column("mac", LargeBinary),
+    Column("mac_kid", String(32)),
 )
+Index("ix_audit_events_seq", audit_events.c.seq, unique=True)
+Index(
+    "ix_audit_events_unsealed",
+    audit_events.c.id,
+    postgresql_where=text("seq IS NULL"),
+    sqlite_where=text("seq IS NULL"),
+)
+Index("ix_audit_events_event_at", audit_events.c.event, audit_events.c.at)
+Index("ix_audit_events_actor_at", audit_events.c.actor, audit_events.c.at)
+Index("ix_audit_events_client_id_at", audit_events.c.client_id, audit_events.c.at)
 
 OWNERS = {
     "locks": "migrations",
@@ -234,6 +353,12 @@ OWNERS = {
     "client_secrets": "identity_service.accounts.clients",
     "refresh_families": "identity_service.accounts.refresh_families",
     "revoked_tokens": "identity_service.oauth.tokens",
+    "api_keys": "identity_service.accounts.api_keys",
+    "email_tokens": "identity_service.accounts.email_flows",
+    "outbox": "identity_service.infra.outbox",
+    "leases": "identity_service.infra.leases",
+    "spent_bootstrap_secrets": "identity_service.accounts.bootstrap",
+    "audit_chain": "identity_service.infra.audit",
     "audit_events": "identity_service.infra.audit",
 }
 """Table → the module that writes it; everybody else asks that module. A package counts with all that is in it."""

@@ -263,7 +263,7 @@ def test_a_key_file_holds_several_keys_and_the_first_wraps(tmp_path: Path) -> No
 def test_no_secret_has_a_default() -> None:
     """What is secret is empty until somebody sets it."""
     secret = [name for name, field in Settings.model_fields.items() if "Secret" in str(field.annotation)]
-    assert set(secret) == {"database_url", "redis_url", "master_key"}
+    assert set(secret) == {"database_url", "redis_url", "master_key", "bootstrap_secret", "smtp_password"}
     assert all(Settings.model_fields[name].default.get_secret_value() == "" for name in secret)
 
 
