@@ -10,27 +10,11 @@ from typing import final
 
 from identity_service.accounts.users import canonical_email, canonical_username
 from identity_service.infra.data_keys import DataKeys
-from identity_service.infra.ratelimit import Allowed, Limited, Limiter, Rule, Spend
+from identity_service.infra.ratelimit import Allowed, Limited, Limiter, Spend
+from identity_service.infra.ratelimit.catalogue import SIGN_IN_ACCOUNT, SIGN_IN_ACCOUNT_NETWORK, SIGN_IN_NETWORK
 
 _DAY = 86400.0
 
-NETWORK = Rule(name="sign_in.network", burst=60, interval=2.0, memory=3600.0, credential=True)
-"""Failures from one network, whatever the names: spraying one password over many accounts."""
-ACCOUNT_NETWORK = Rule(
-    name="sign_in.account_network", burst=10, interval=1.0, growth=2.0, max_interval=900.0, memory=_DAY, credential=True
-)
-"""Failures for one name from one network."""
-ACCOUNT = Rule(
-    name="sign_in.account",
-    burst=30,
-    interval=1.0,
-    growth=1.3,
-    max_interval=900.0,
-    closed_after=100,
-    memory=_DAY,
-    credential=True,
-)
-"""Failures for one name from anywhere. A network that signed in before does not feel it, so its owner gets through."""
 KNOWN_FOR = 90 * _DAY
 
 
@@ -67,9 +51,9 @@ class SignInThrottle:
         attempt = Attempt(
             hashed,
             (
-                Spend(NETWORK, f"n:{network}"),
-                Spend(ACCOUNT_NETWORK, f"an:{hashed}:{network}"),
-                Spend(ACCOUNT, f"a:{hashed}", exempt_by=known),
+                Spend(SIGN_IN_NETWORK, f"n:{network}"),
+                Spend(SIGN_IN_ACCOUNT_NETWORK, f"an:{hashed}:{network}"),
+                Spend(SIGN_IN_ACCOUNT, f"a:{hashed}", exempt_by=known),
             ),
             known,
         )
@@ -92,4 +76,4 @@ class SignInThrottle:
 
     async def forgive(self, name: str) -> None:
         """Forget a name's failures over all networks: its password was set anew. Those of each network fade alone."""
-        await self._limiter.settle(reset=[Spend(ACCOUNT, f"a:{self.name_hash(name)}")])
+        await self._limiter.settle(reset=[Spend(SIGN_IN_ACCOUNT, f"a:{self.name_hash(name)}")])

@@ -64,6 +64,18 @@ async def test_a_burst_passes_then_one_per_interval(limiter: Limiter, clock: Fro
         assert await spend_times(limiter, 2, plain) == [Allowed(), Limited("plain", 10)]
 
 
+async def test_a_plain_rule_tells_what_is_left_of_its_budget(limiter: Limiter, clock: FrozenClock) -> None:
+    """Spends that would pass at once, and the seconds until the bucket is full; a growing rule tells nothing."""
+    for expected in ((2, 10), (1, 20), (0, 30)):
+        answer = await limiter.spend([plain, growing] if expected == (2, 10) else [plain])
+        assert isinstance(answer, Allowed)
+        assert [(left.rule.name, left.spends, left.full_in) for left in answer.left] == [("plain", *expected)]
+    clock.advance(15)
+    answer = await limiter.spend([plain])
+    assert isinstance(answer, Allowed)
+    assert [(left.spends, left.full_in) for left in answer.left] == [(0, 25)]
+
+
 async def test_an_idle_bucket_holds_no_more_than_its_burst(limiter: Limiter, clock: FrozenClock) -> None:
     await spend_times(limiter, 3, plain)
     clock.advance(500)

@@ -6,7 +6,8 @@ import httpx2
 import pytest
 import redis.asyncio
 
-from identity_service.accounts.throttle import ACCOUNT, ACCOUNT_NETWORK, NETWORK
+from identity_service.infra.ratelimit.catalogue import SIGN_IN_ACCOUNT, SIGN_IN_ACCOUNT_NETWORK, SIGN_IN_NETWORK
+from identity_service.main.jobs import flush_audit
 from tests.support.service import PASSWORD, Registered, Service, running, test_settings
 
 WRONG = "wrong horse battery staple"
@@ -57,7 +58,7 @@ async def on_redis(database_url: str, redis_url: str) -> AsyncIterator[Guesser]:
 async def test_each_wrong_guess_makes_the_next_wait_longer(guesser: Guesser, known: bool) -> None:
     """Ten at once, then 2, 4, 8 … seconds, a quarter of an hour at most; for names that nobody has as well."""
     name = (await guesser.service.a_user()).username if known else "nobody.at.all"
-    await guesser.fails(name, ACCOUNT_NETWORK.burst)
+    await guesser.fails(name, SIGN_IN_ACCOUNT_NETWORK.burst)
     waits = []
     for _ in range(11):
         limited = await guesser.tries(name)
@@ -74,7 +75,7 @@ async def test_each_wrong_guess_makes_the_next_wait_longer(guesser: Guesser, kno
 async def test_waiting_is_for_the_right_password_too(guesser: Guesser) -> None:
     """Or the wait would be an oracle that costs nothing."""
     user = await guesser.service.a_user()
-    await guesser.fails(user.username, ACCOUNT_NETWORK.burst)
+    await guesser.fails(user.username, SIGN_IN_ACCOUNT_NETWORK.burst)
     right, wrong = await guesser.tries(user.username, PASSWORD), await guesser.tries(user.username)
     assert right.status_code == wrong.status_code == 429
     assert right.json() == wrong.json()
@@ -84,7 +85,7 @@ async def test_waiting_is_for_the_right_password_too(guesser: Guesser) -> None:
 async def test_one_network_does_not_slow_down_another(guesser: Guesser) -> None:
     """The owner signs in from home while somebody guesses elsewhere."""
     user = await guesser.service.a_user()
-    await guesser.fails(user.username, ACCOUNT_NETWORK.burst)
+    await guesser.fails(user.username, SIGN_IN_ACCOUNT_NETWORK.burst)
     assert await guesser.status(user.username) == 429
     assert await guesser.status(user.username, PASSWORD, network="203.0.113.7") == 200
 
@@ -93,9 +94,9 @@ async def test_a_right_password_clears_the_account(guesser: Guesser) -> None:
     """Failures count only while they are consecutive."""
     user = await guesser.service.a_user()
     for _ in range(3):
-        await guesser.fails(user.username, ACCOUNT_NETWORK.burst - 1)
+        await guesser.fails(user.username, SIGN_IN_ACCOUNT_NETWORK.burst - 1)
         assert await guesser.status(user.username, PASSWORD) == 200
-    await guesser.fails(user.username, ACCOUNT_NETWORK.burst)
+    await guesser.fails(user.username, SIGN_IN_ACCOUNT_NETWORK.burst)
     assert await guesser.status(user.username) == 429
 
 
@@ -105,7 +106,7 @@ async def test_other_spellings_of_a_name_are_no_further_guesses(guesser: Guesser
     for name in ("admin", "ADMIN", "Admin", "aDmin", "adMin", "admIn", "admiN", "ADmin", "ADMin", "ADMIn"):
         await guesser.fails(name, 1)
     assert await guesser.status("AdMiN") == 429
-    for number in range(ACCOUNT_NETWORK.burst):
+    for number in range(SIGN_IN_ACCOUNT_NETWORK.burst):
         address = "admin@example.org"
         await guesser.fails(address[:number] + address[number:].upper(), 1)
     assert await guesser.status("admin@Example.org") == 429
@@ -113,7 +114,7 @@ async def test_other_spellings_of_a_name_are_no_further_guesses(guesser: Guesser
 
 async def spend_the_account(guesser: Guesser, name: str) -> None:
     """Guess a hundred times, each from another network, with all the patience that is asked for."""
-    for number in range(ACCOUNT.closed_after or 0):
+    for number in range(SIGN_IN_ACCOUNT.closed_after or 0):
         network = f"203.0.113.{number}"
         if (answer := await guesser.tries(name, network=network)).status_code == 429:
             guesser.service.clock.advance(int(answer.headers["retry-after"]))
@@ -156,18 +157,18 @@ async def test_a_throttled_account_still_refreshes(guesser: Guesser) -> None:
     user = await guesser.service.a_user()
     client = guesser._client
     tokens = await guesser.service.sign_in(client, user)
-    await guesser.fails(user.username, ACCOUNT_NETWORK.burst)
+    await guesser.fails(user.username, SIGN_IN_ACCOUNT_NETWORK.burst)
     assert await guesser.status(user.username) == 429
     assert (await guesser.service.refresh(client, tokens["refresh_token"])).status_code == 200
 
 
 async def test_one_password_tried_on_many_names_is_slowed_down_as_well(guesser: Guesser) -> None:
     """A network has sixty failures at once, and one in two seconds after that, whatever the names."""
-    for number in range(NETWORK.burst):
+    for number in range(SIGN_IN_NETWORK.burst):
         assert await guesser.status(f"user.{number}") == 400
     assert await guesser.status("yet.another") == 429
     assert await guesser.status("yet.another", network="203.0.113.7") == 400
-    guesser.service.clock.advance(NETWORK.interval)
+    guesser.service.clock.advance(SIGN_IN_NETWORK.interval)
     assert await guesser.status("yet.another") == 400
     assert await guesser.status("and.another") == 429
 
@@ -175,7 +176,7 @@ async def test_one_password_tried_on_many_names_is_slowed_down_as_well(guesser: 
 async def test_right_passwords_cost_a_network_nothing(guesser: Guesser) -> None:
     """Hundreds of people behind one address sign in undisturbed."""
     user = await guesser.service.a_user()
-    for _ in range(NETWORK.burst + 5):
+    for _ in range(SIGN_IN_NETWORK.burst + 5):
         assert await guesser.status(user.username, PASSWORD) == 200
 
 
@@ -206,16 +207,16 @@ async def test_nobody_gets_another_network_by_writing_one(embedded: Service, hea
             username="marie",
             password=WRONG,
         )
-        for number in range(ACCOUNT_NETWORK.burst + 1)
+        for number in range(SIGN_IN_ACCOUNT_NETWORK.burst + 1)
     ]
-    assert [answer.status_code for answer in answers] == [400] * ACCOUNT_NETWORK.burst + [429]
+    assert [answer.status_code for answer in answers] == [400] * SIGN_IN_ACCOUNT_NETWORK.burst + [429]
 
 
 @pytest.mark.case("ACC-10")
 @pytest.mark.parametrize("written", ["10.9.9.{}, 198.51.100.1", "x{}, 198.51.100.1", "{}", "junk{}, also junk"])
 async def test_behind_a_trusted_proxy_only_what_it_wrote_counts(on_redis: Guesser, written: str) -> None:
     """The right-most address is the proxy's word; what stands left of it is the client's, and junk skips nothing."""
-    for number in range(ACCOUNT_NETWORK.burst):
+    for number in range(SIGN_IN_ACCOUNT_NETWORK.burst):
         await on_redis.fails("marie", 1, network=written.format(number))
     assert await on_redis.status("marie", network=written.format(99)) == 429
 
@@ -223,11 +224,11 @@ async def test_behind_a_trusted_proxy_only_what_it_wrote_counts(on_redis: Guesse
 @pytest.mark.case("ACC-11")
 async def test_a_whole_ipv6_network_is_one(on_redis: Guesser) -> None:
     """One person can have a /64 and change addresses in it at every request; a mapped IPv4 address is that address."""
-    for number in range(ACCOUNT_NETWORK.burst):
+    for number in range(SIGN_IN_ACCOUNT_NETWORK.burst):
         await on_redis.fails("marie", 1, network=f"2001:db8:0:1:{number:x}::{number:x}")
     assert await on_redis.status("marie", network="2001:db8:0:1:ffff::1") == 429
     assert await on_redis.status("marie", network="2001:db8:0:2::1") == 400
-    await on_redis.fails("pierre", ACCOUNT_NETWORK.burst, network="198.51.100.9")
+    await on_redis.fails("pierre", SIGN_IN_ACCOUNT_NETWORK.burst, network="198.51.100.9")
     assert await on_redis.status("pierre", network="::ffff:198.51.100.9") == 429
 
 
@@ -248,3 +249,19 @@ async def test_redis_is_told_no_names(on_redis: Guesser, redis_url: str) -> None
     assert len(keys) > 3
     for canary in (*canaries, str(user.id)):
         assert canary.lower().encode() not in everything
+
+
+async def test_refusals_by_a_limit_are_counted_and_written_down_together(service: Service) -> None:
+    """One row for many, with the limit and the network: a flood costs the database nothing while it lasts."""
+    client, user = await service.a_client(public=True), await service.a_user()
+    for _ in range(15):
+        await service.token(client, grant_type="password", username=user.username, password="wrong")
+    for _ in range(40):
+        await service.http.get("/v1/users/me", headers={"x-api-key": "idk_nonsense"})
+    assert await service.events("sign_in.throttled") == []
+    await flush_audit(service.services)
+    [throttled] = await service.events("sign_in.throttled")
+    assert (throttled.target, throttled.network) == ("sign_in.account_network", "127.0.0.1")
+    assert throttled.occurrences == 5
+    [limited] = await service.events("limit.hit")
+    assert (limited.target, limited.occurrences) == ("api_key_guessing", 10)

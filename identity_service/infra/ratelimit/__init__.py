@@ -31,6 +31,6 @@ All keys of one script have to live on one node; on a Redis Cluster give the pre
 """
 
 from identity_service.infra.ratelimit.memory import MemoryLimiter
-from identity_service.infra.ratelimit.rules import Allowed, Limited, Limiter, Rule, Spend
+from identity_service.infra.ratelimit.rules import Allowed, Left, Limited, Limiter, Rule, Spend
 
-__all__ = ["Allowed", "Limited", "Limiter", "MemoryLimiter", "Rule", "Spend"]
+__all__ = ["Allowed", "Left", "Limited", "Limiter", "MemoryLimiter", "Rule", "Spend"]

@@ -7,11 +7,13 @@ from typing import NamedTuple, final
 from identity_service.infra.ratelimit.rules import (
     Allowed,
     Bucket,
+    Left,
     Limited,
     Numbers,
     Rule,
     Spend,
     Spends,
+    left_of,
     lifetime_of,
     limited,
     now_of,
@@ -77,6 +79,7 @@ class MemoryLimiter:
         self._clear(spends, now)
         longest, refused_by = 0, ""
         taken: list[tuple[OrderedDict[str, _Slot], str, Bucket]] = []
+        left: list[Left] = []
         coming = 0
         for spend in spends:
             if self._exempt(spend, now):
@@ -90,13 +93,15 @@ class MemoryLimiter:
                 longest, refused_by = wait, spend.rule.name
             coming += key not in slots and slots is not self._overflow
             taken.append((slots, key, numbers.spent(held, now)))
+            if numbers.growth == 1.0:
+                left.append(left_of(spend.rule, taken[-1][2].at, now))
         if longest:
             return limited(refused_by, longest)
         for slots, key, bucket in taken:
             self._live += key not in slots and slots is not self._overflow
             slots[key] = _Slot(bucket, now)
             slots.move_to_end(key)
-        return Allowed()
+        return Allowed(tuple(left))
 
     async def settle(
         self, *, refund: Spends = (), reset: Spends = (), mark: Sequence[str] = (), mark_for: float = 0

@@ -4,7 +4,7 @@ import functools
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -65,8 +65,23 @@ Spends: TypeAlias = Sequence[Spend]
 
 
 @dataclass(frozen=True, slots=True)
+class Left:
+    """What is left of a plain rule's bucket: spends that would pass at once, and whole seconds until it is full."""
+
+    rule: Rule
+    spends: int
+    full_in: int
+
+
+@dataclass(frozen=True, slots=True)
 class Allowed:
-    """Every bucket passed, and one spend has been taken from each."""
+    """
+    Every bucket passed, and one spend has been taken from each.
+
+    `left` tells of plain rules only, for those who are told their budget; which is why it is no part of the verdict.
+    """
+
+    left: tuple[Left, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +174,12 @@ def numbers_of(rule: Rule) -> Numbers:
 def now_of(clock: Clock) -> int:
     """Return the clock's time in microseconds since 1970."""
     return (clock.now() - _EPOCH) // timedelta(microseconds=1)
+
+
+def left_of(rule: Rule, at: int, now: int) -> Left:
+    """Return what is left of a plain rule's bucket whose arrival time is `at`."""
+    numbers = numbers_of(rule)
+    return Left(rule, (now + numbers.burst * numbers.interval - at) // numbers.interval, -(-(at - now) // 1_000_000))
 
 
 def limited(rule: str, wait: int) -> Limited:

@@ -23,6 +23,7 @@ from identity_service.infra.ratelimit.rules import (
     Rule,
     Spend,
     Spends,
+    left_of,
     lifetime_of,
     limited,
     now_of,
@@ -69,7 +70,7 @@ local function wait_of(rule, count, at)
   return math.max(0, at + math.floor(delay) - now)
 end
 
-local longest, refused_by, taken = 0, 0, {}
+local longest, refused_by, taken, answer = 0, 0, {}, {0, 0}
 for i = 1, buckets do
   local rule, count, at = read(i)
   if rule then
@@ -77,12 +78,16 @@ for i = 1, buckets do
     if wait > longest then longest, refused_by = wait, i end
     local value = rule.growth == 1 and written(0, at + rule.interval) or written(count + 1, now)
     taken[i] = {value, string.format('%.0f', math.ceil(rule.memory / 1000))}
+    answer[i + 2] = rule.growth == 1 and at + rule.interval or 0
+  else
+    answer[i + 2] = 0
   end
 end
 if longest == 0 then
   for i, one in pairs(taken) do redis.call('SET', KEYS[i], one[1], 'PX', one[2]) end
 end
-return {refused_by, longest}
+answer[1], answer[2] = refused_by, longest
+return answer
 """
 
 # After the buckets to refund and their marks come the buckets to reset, then the marks to set. The last four ARGV are
@@ -129,8 +134,11 @@ class RedisLimiter:
         if not spends:
             return Allowed()
         keys, args = self._read(spends)
-        refused_by, wait = cast(tuple[int, int], await self._run(self._spend(keys=keys, args=args)))
-        return limited(spends[refused_by - 1].rule.name, wait) if wait else Allowed()
+        refused_by, wait, *arrivals = cast(list[int], await self._run(self._spend(keys=keys, args=args)))
+        if wait:
+            return limited(spends[refused_by - 1].rule.name, wait)
+        now = cast(int, args[0])
+        return Allowed(tuple(left_of(spend.rule, at, now) for spend, at in zip(spends, arrivals, strict=True) if at))
 
     async def settle(
         self, *, refund: Spends = (), reset: Spends = (), mark: Sequence[str] = (), mark_for: float = 0
@@ -164,8 +172,11 @@ class RedisLimiter:
         return keys, args
 
     async def _run(self, answer: Awaitable[object]) -> object:
-        async with asyncio.timeout(self._deadline):
-            return await answer
+        try:
+            async with asyncio.timeout(self._deadline):
+                return await answer
+        except RuntimeError as error:  # uvloop's word for a connection that was reset; redis-py hands it on
+            raise RedisConnectionError("the connection is gone") from error
 
 
 def redis_client(url: str, *, timeout: float = 0.1) -> Redis:

@@ -37,3 +37,7 @@ class RowCache(Generic[Key, Value]):
     def forget(self, key: Key) -> None:
         """Drop what is held for `key`, because this process has just changed it."""
         self._rows.pop(key, None)
+
+    def forget_all(self) -> None:
+        """Drop everything, because this process has changed what several rows were made of."""
+        self._rows.clear()

@@ -1,5 +1,6 @@
 """The time: injected, so that tests can stop it and replicas can agree on it."""
 
+import time
 from datetime import UTC, datetime, timedelta
 from typing import Protocol, final
 
@@ -38,3 +39,15 @@ class SystemClock:
             midpoint = asked_at + (answered_at - asked_at) / 2
             self._offset += reference - midpoint
         return self._offset
+
+
+@final
+class SteadyClock:
+    """A clock that only counts: for what is measured within one process, and must not care when the time is set."""
+
+    def __init__(self) -> None:
+        self._began = datetime.now(UTC) - timedelta(seconds=time.monotonic())
+
+    def now(self) -> datetime:
+        """Return an instant that only ever moves on, near the current one."""
+        return self._began + timedelta(seconds=time.monotonic())
