@@ -20,7 +20,7 @@ from identity_service.infra.tables import data_keys
 
 log = structlog.get_logger(__name__)
 
-PURPOSES = ("refresh", "retry", "names")
+PURPOSES = ("refresh", "retry", "names", "api_keys", "mail", "cursors", "audit")
 
 
 @final

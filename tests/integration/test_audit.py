@@ -1,7 +1,11 @@
 """The audit trail is written with the act or the act does not happen; strangers cannot flood it, nor write into it."""
 
 import hashlib
+import uuid
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
 
 import pytest
 from sqlalchemy import func, select, text
@@ -10,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from identity_service.infra.audit import AuditTrail, Origin
 from identity_service.infra.database import Database, DatabaseUnavailable, Transaction
 from identity_service.infra.tables import audit_events
-from identity_service.main import _flush_audit
+from identity_service.main.jobs import flush_audit
 from tests.support.service import PASSWORD, Registered, Service, running, test_settings
 
 ORIGIN = Origin("198.51.100.1", "0123456789abcdef")
@@ -180,12 +184,12 @@ async def test_failures_beyond_ten_a_minute_become_one_row_with_a_count(proxied:
     event = "client.authentication_failed"
     await fail_client(proxied, client.id, 25)
     assert len(await proxied.events(event)) == 10
-    await _flush_audit(proxied.services)
+    await flush_audit(proxied.services)
     [*single, counted] = await proxied.events(event)
     assert [row.occurrences for row in single] == [1] * 10
     assert (counted.occurrences, counted.target, counted.network) == (15, client.id, "198.51.100.1")
     assert counted.detail == {"held_back": True}
-    await _flush_audit(proxied.services)
+    await flush_audit(proxied.services)
     assert len(await proxied.events(event)) == 11
     proxied.clock.advance(60)
     await fail_client(proxied, client.id, 1)
@@ -201,7 +205,7 @@ async def test_one_network_has_ten_rows_a_minute_whatever_it_aims_at(proxied: Se
     headers = {"x-forwarded-for": "203.0.113.9"}
     await proxied.token(client, headers=headers, grant_type="password", username="name99", password="wrong horse")
     assert len(await proxied.events("sign_in.failed")) == 11
-    await _flush_audit(proxied.services)
+    await flush_audit(proxied.services)
     [*_, rest] = await proxied.events("sign_in.failed")
     assert (rest.target, rest.network, rest.occurrences) == ("many", "127.0.0.1", 5)
 
@@ -215,7 +219,7 @@ async def test_one_target_has_ten_rows_a_minute_from_wherever(proxied: Service) 
             client, headers=headers, grant_type="password", username=user.username, password="wrong horse"
         )
     assert len(await proxied.events("sign_in.failed")) == 10
-    await _flush_audit(proxied.services)
+    await flush_audit(proxied.services)
     rows = await proxied.events("sign_in.failed")
     assert sum(row.occurrences for row in rows) == 15
     assert {row.target for row in rows} == {str(user.id)}
@@ -246,10 +250,10 @@ async def test_a_flush_that_fails_loses_no_count(proxied: Service) -> None:
     await forbid(proxied, "occurrences = 1")
     for _ in range(2):
         with pytest.raises(DBAPIError):
-            await _flush_audit(proxied.services)
+            await flush_audit(proxied.services)
     await fail_client(proxied, client.id, 3)
     await allow(proxied)
-    await _flush_audit(proxied.services)
+    await flush_audit(proxied.services)
     assert await totals(proxied) == 17
 
 
@@ -259,9 +263,9 @@ async def test_a_flush_that_fails_as_it_commits_loses_no_count(proxied: Service)
     await fail_client(proxied, client.id, 14)
     await plant_at_commit(proxied, "RAISE EXCEPTION 'planted' USING ERRCODE = '53100';")
     with pytest.raises(DatabaseUnavailable):
-        await _flush_audit(proxied.services)
+        await flush_audit(proxied.services)
     await proxied.execute(text("DROP TRIGGER planted ON audit_events"))
-    await _flush_audit(proxied.services)
+    await flush_audit(proxied.services)
     assert await totals(proxied) == 14
 
 
@@ -271,7 +275,7 @@ async def test_a_flush_that_has_to_be_repeated_counts_once(proxied: Service) -> 
     await fail_client(proxied, client.id, 14)
     body = "IF nextval('planted_count') = 1 THEN RAISE EXCEPTION 'planted' USING ERRCODE = '40001'; END IF;"
     await plant_at_commit(proxied, body)
-    await _flush_audit(proxied.services)
+    await flush_audit(proxied.services)
     assert await totals(proxied) == 14
 
 
@@ -285,7 +289,7 @@ async def test_what_fails_while_a_flush_is_open_is_kept_for_the_next(proxied: Se
         await fail_client(proxied, client.id, 2)
     audit.flushed(written)
     assert await totals(proxied) == 14
-    await _flush_audit(proxied.services)
+    await flush_audit(proxied.services)
     assert await totals(proxied) == 16
 
 
@@ -336,3 +340,115 @@ async def test_a_registered_client_is_recorded_by_its_id_and_a_stranger_by_hash(
     assert [row.client_id for row in rows] == [client.id, None, None]
     assert rows[0].target == client.id
     assert all(row.target.startswith("name:") for row in rows[1:])
+
+
+# -- what can be stored -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["service", "embedded"])
+def anywhere(request: pytest.FixtureRequest) -> Service:
+    """The service on each kind of database."""
+    found: Service = request.getfixturevalue(request.param)
+    return found
+
+
+async def recorded(service: Service, **given: Any) -> Any:
+    """Record one event and return its row."""
+    event = given.pop("event", "demo.created")
+    given = {"origin": None, **given}
+    await service.within(lambda tx: service.services.audit.record(tx, event, **given))
+    return (await service.events(event))[-1]
+
+
+@pytest.mark.case("SEC-04")
+async def test_an_event_that_nobody_has_described_is_refused(embedded: Service) -> None:
+    """The list of events is complete because nothing else can be written; a count of it could never be, either."""
+    audit = embedded.services.audit
+    with pytest.raises(ValueError, match=r"user\.vanished is no event"):
+        await recorded(embedded, event="user.vanished")
+    for _ in range(12):
+        with pytest.raises(ValueError, match=r"user\.vanished is no event"):
+            await embedded.within(
+                lambda tx: audit.record_failure(
+                    tx, "user.vanished", origin=ORIGIN, target="x", client_id=None, detail={}
+                )
+            )
+    await flush_audit(embedded.services)
+    assert await embedded.execute(select(audit_events)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("a\0b", "a\ufffdb"),
+        ("\ud83d", "\ufffd"),
+        ("a\udc00\0\udfff", "a\ufffd\ufffd\ufffd"),
+        ("\U0001f511 \ufffe \n \x1b[31m \u202e", "\U0001f511 \ufffe \n \x1b[31m \u202e"),
+        ("", ""),
+    ],
+    ids=["NUL", "half a pair", "several", "odd but storable", "empty"],
+)
+async def test_no_text_makes_an_act_fail(anywhere: Service, text: str, kept: str) -> None:
+    """What the database cannot hold is replaced, wherever it stands."""
+    row = await recorded(
+        anywhere,
+        origin=Origin(text, text),
+        actor=text,
+        target=text,
+        client_id=text,
+        detail={text: text, "list": [text, {text: [text]}]},
+    )
+    assert [row.network, row.request_id, row.actor, row.target, row.client_id] == [kept] * 5
+    assert row.detail == {kept: kept, "list": [kept, {kept: [kept]}]}
+
+
+async def test_no_length_makes_an_act_fail(anywhere: Service) -> None:
+    """The beginning of a text is kept; signs are counted, not bytes."""
+    long = "ü" * 5000
+    row = await recorded(
+        anywhere, origin=Origin(long, long), actor=long, target=long, client_id=long, detail={"x": long}
+    )
+    lengths = [len(value) for value in (row.actor, row.target, row.client_id, row.network, row.request_id)]
+    assert lengths == [128, 128, 64, 64, 64]
+    assert row.detail == {"x": "ü" * 1000}
+    row = await recorded(anywhere, detail={"scopes": [f"scope{number}:read" for number in range(3000)]})
+    assert len(row.detail["scopes"]) == 3000
+    row = await recorded(anywhere, detail={"scopes": ["ü" * 50] * 4000})
+    assert row.detail == {"too_large": 4000 * (50 * 6 + 4) + len('{"scopes": []}') - 2}
+
+
+class Word(StrEnum):
+    """A fixed word, as refusals have them."""
+
+    ONE = "one"
+
+
+async def test_a_detail_is_plain_json(anywhere: Service) -> None:
+    """Texts, whole numbers, booleans, null, and lists and objects of them, and they come back as they were."""
+    detail = {"a": [1, -(2**63), True, False, None, "x", (Word.ONE, ["y"])], "b": {"c": {}, "": []}}
+    row = await recorded(anywhere, detail=detail)
+    assert row.detail == {"a": [1, -(2**63), True, False, None, "x", ["one", ["y"]]], "b": {"c": {}, "": []}}
+    assert (await recorded(anywhere)).detail == {}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [1.5, float("nan"), b"x", uuid.UUID(int=0), datetime(2026, 1, 1, tzinfo=UTC), {"x"}, {1: "x"}, object()],
+    ids=["fraction", "nan", "bytes", "uuid", "datetime", "set", "number as name", "object"],
+)
+async def test_a_detail_that_is_not_plain_json_is_a_fault_of_ours(embedded: Service, value: Any) -> None:
+    """The first test that comes along notices; some of it would not come back as it was, and break its seal."""
+    for detail in ({"x": value}, {"x": [value]}, {"x": {"y": [{"z": value}]}}):
+        with pytest.raises(TypeError, match="an audit detail cannot hold a"):
+            await recorded(embedded, detail=detail)
+    assert await embedded.execute(select(audit_events)) == []
+
+
+async def test_a_detail_cannot_be_nested_without_end(embedded: Service) -> None:
+    """Eight lists or objects within each other, and no more."""
+    deep: Any = "x"
+    for _ in range(7):
+        deep = [deep]
+    assert (await recorded(embedded, detail={"x": deep})).detail == {"x": deep}
+    with pytest.raises(TypeError, match="nested too deeply"):
+        await recorded(embedded, detail={"x": [[deep]]})
