@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import ctypes
 import os
-import re
 import sys
 import threading
 import unicodedata
@@ -22,6 +21,12 @@ from typing import TypeVar, final
 import structlog
 from passlib.context import CryptContext
 
+from identity_service.infra.runtime.hashing.foreign_hashes import (
+    LIBRARY_SCHEMES,
+    StoredHash,
+    UnusableHash,
+    read_hash,
+)
 from identity_service.infra.runtime.secret import Secret
 
 log = structlog.get_logger(__name__)
@@ -36,20 +41,6 @@ NFKC_FORM = 1
 """The password was brought to Unicode NFKC before hashing; every hash of our own is."""
 
 _LONGEST_INPUT = 1024  # characters; normalisation may multiply them, so this bounds the work before it starts
-_FOREIGN_SCHEMES = [
-    "bcrypt",
-    "bcrypt_sha256",
-    "django_pbkdf2_sha256",
-    "django_pbkdf2_sha1",
-    "django_bcrypt_sha256",
-    "django_bcrypt",
-    "django_argon2",
-    "pbkdf2_sha256",
-    "pbkdf2_sha512",
-    "pbkdf2_sha1",
-    "scrypt",
-]
-_ARGON2_COST = re.compile(r"(?:argon2)?\$argon2id\$v=\d+\$m=(\d+),t=(\d+),p=\d+\$")
 
 
 class HashingBusy(Exception):
@@ -95,14 +86,14 @@ class PasswordHasher:
     ) -> None:
         """Prepare the pool; at most `queue` calls wait, none longer than `wait` seconds before it starts."""
         self._context = CryptContext(
-            schemes=["argon2", *_FOREIGN_SCHEMES],
+            schemes=["argon2", *LIBRARY_SCHEMES],
             default="argon2",
             argon2__type="ID",
             argon2__memory_cost=memory_kib,
             argon2__time_cost=time_cost,
             argon2__parallelism=parallelism,
         )
-        self._cost = (memory_kib, time_cost)
+        self._effort = memory_kib * time_cost
         self._wait = wait
         self._capacity = threads + queue
         self._pending = 0
@@ -139,27 +130,25 @@ class PasswordHasher:
         if normal is None or stored is None:
             self._context.verify("wrong", self._decoy)
             return Verification(False)
-        typed = (password if form == RAW_FORM else normal).reveal()
-        # bcrypt itself looks at 72 bytes; the library raises beyond them.
-        candidate = typed.encode()[:72] if stored.startswith(("$2", "bcrypt$")) else typed
         try:
-            right = self._context.verify(candidate, stored)
-        except (ValueError, TypeError, NotImplementedError) as error:
-            log.error("password_hash.unusable", reason=type(error).__name__)
+            kept = read_hash(stored)
+            right = kept.matches((password if form == RAW_FORM else normal).reveal(), self._context.verify)
+        except ValueError as error:
+            reason = str(error) if isinstance(error, UnusableHash) else type(error).__name__
+            log.error("password_hash.unusable", reason=reason)
             self._context.verify("wrong", self._decoy)
             return Verification(False)
-        if right and self._worth_renewing(stored, form):
+        if right and self._worth_renewing(kept, form):
             return Verification(True, self._context.hash(normal.reveal()))
-        return Verification(bool(right))
+        return Verification(right)
 
-    def _worth_renewing(self, stored: str, form: int) -> bool:
+    def _worth_renewing(self, kept: StoredHash, form: int) -> bool:
         """
         Whether a hash of our own is better: a costlier imported one is never traded for a cheaper.
 
         One of the same cost is renewed for the sake of normalisation. Memory times passes is what guessing costs.
         """
-        cost = _ARGON2_COST.match(stored)
-        theirs, ours = int(cost[1]) * int(cost[2]) if cost else 0, self._cost[0] * self._cost[1]
+        theirs, ours = kept.argon2id_effort, self._effort
         return theirs < ours or (theirs == ours and form == RAW_FORM)
 
     async def _in_pool(self, work: Callable[[], Answer]) -> Answer:
