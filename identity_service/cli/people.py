@@ -1,13 +1,18 @@
 """Commands about people."""
 
+import uuid
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
 
+from identity_service.accounts.bootstrap import Bootstrap
 from identity_service.accounts.password_policy import PasswordRefused
+from identity_service.accounts.refresh_families import Session
 from identity_service.accounts.users import InvalidUser, NameTaken, User
 from identity_service.cli.common import ACTOR, AsJson, DataDir, Refused, read_password, run, say
 from identity_service.infra.database import Transaction
+from identity_service.infra.outbox import MailQueueFull
 from identity_service.main import Services
 
 app = typer.Typer(help="People.", no_args_is_help=True, rich_markup_mode=None)
@@ -15,6 +20,7 @@ app = typer.Typer(help="People.", no_args_is_help=True, rich_markup_mode=None)
 PasswordStdin = Annotated[
     bool, typer.Option("--password-stdin", help="Read the password from the first line of standard input.")
 ]
+Name = Annotated[str, typer.Argument(help="Username or address.")]
 
 
 def _shown(user: User) -> dict[str, Any]:
@@ -57,9 +63,7 @@ def create(
             raise Refused(str(error)) from None
         except NameTaken:
             raise Refused("the username or the address belongs to somebody already") from None
-        await services.audit.record(
-            tx, "user.created", origin=None, actor=ACTOR, target=str(user.id), detail={"role": role}
-        )
+        await _record(services, tx, "user.created", user.id, {"role": role})
         return user
 
     user = run(data_dir, work)
@@ -81,17 +85,6 @@ def list_users(
     say([_shown(user) for user in found], "\n".join(map(_line, found)), as_json=as_json)
 
 
-def _set_enabled(name: str, enabled: bool, data_dir: Any) -> User:
-    async def work(services: Services, tx: Transaction) -> User:
-        user = await _find(services, tx, name)
-        await services.users.set_enabled(tx, user.id, enabled)
-        event = "user.enabled" if enabled else "user.disabled"
-        await services.audit.record(tx, event, origin=None, actor=ACTOR, target=str(user.id))
-        return await _find(services, tx, name)
-
-    return run(data_dir, work)
-
-
 async def _find(services: Services, tx: Transaction, name: str) -> User:
     user = await services.users.by_name(tx, name)
     if user is None:
@@ -99,27 +92,58 @@ async def _find(services: Services, tx: Transaction, name: str) -> User:
     return user
 
 
-@app.command()
-def disable(
-    name: Annotated[str, typer.Argument(help="Username or address.")], as_json: AsJson = False, data_dir: DataDir = None
+async def _check_not_last(services: Services, tx: Transaction, user: User) -> None:
+    """Raise Refused if nobody could do everything without this user; the caller holds the administrators' lock."""
+    if await services.users.is_last_super_admin(tx, user):
+        raise Refused("nobody could do everything any more: make another super_admin first")
+
+
+async def _record(
+    services: Services, tx: Transaction, event: str, user_id: uuid.UUID, detail: Mapping[str, Any] | None = None
 ) -> None:
+    await services.audit.record(tx, event, origin=None, actor=ACTOR, target=str(user_id), detail=detail)
+
+
+def _identified(text: str) -> uuid.UUID | None:
+    try:
+        return uuid.UUID(text)
+    except ValueError:
+        return None
+
+
+@app.command()
+def disable(name: Name, as_json: AsJson = False, data_dir: DataDir = None) -> None:
     """Disable a user and end all their sessions."""
-    user = _set_enabled(name, False, data_dir)
+
+    async def work(services: Services, tx: Transaction) -> User:
+        await tx.lock(Bootstrap.LOCK)
+        user = await _find(services, tx, name)
+        await _check_not_last(services, tx, user)
+        await services.users.set_enabled(tx, user.id, False)
+        await _record(services, tx, "user.disabled", user.id)
+        return await _find(services, tx, name)
+
+    user = run(data_dir, work)
     say(_shown(user), _line(user), as_json=as_json)
 
 
 @app.command()
-def enable(
-    name: Annotated[str, typer.Argument(help="Username or address.")], as_json: AsJson = False, data_dir: DataDir = None
-) -> None:
+def enable(name: Name, as_json: AsJson = False, data_dir: DataDir = None) -> None:
     """Enable a user again; sessions that ended stay ended."""
-    user = _set_enabled(name, True, data_dir)
+
+    async def work(services: Services, tx: Transaction) -> User:
+        user = await _find(services, tx, name)
+        await services.users.set_enabled(tx, user.id, True)
+        await _record(services, tx, "user.enabled", user.id)
+        return await _find(services, tx, name)
+
+    user = run(data_dir, work)
     say(_shown(user), _line(user), as_json=as_json)
 
 
 @app.command("set-password")
 def set_password(
-    name: Annotated[str, typer.Argument(help="Username or address.")],
+    name: Name,
     password_stdin: PasswordStdin = False,
     as_json: AsJson = False,
     data_dir: DataDir = None,
@@ -134,10 +158,157 @@ def set_password(
         except PasswordRefused as error:
             raise Refused(str(error)) from None
         await services.users.set_password(tx, user.id, hashed)
-        await services.audit.record(tx, "user.password_set", origin=None, actor=ACTOR, target=str(user.id))
+        await _record(services, tx, "user.password_set", user.id)
         for known_as in (user.username, user.email):
             await services.throttle.forgive(known_as)
         return user
 
     user = run(data_dir, work, keys=True)
     say(_shown(user), _line(user), as_json=as_json)
+
+
+@app.command()
+def role(
+    name: Name,
+    role: Annotated[str, typer.Argument(help="The role that the user shall have.")],
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Give a user another role; at the service's own API they gain and lose with it at once."""
+
+    async def work(services: Services, tx: Transaction) -> User:
+        await tx.lock(Bootstrap.LOCK)
+        user = await _find(services, tx, name)
+        if role != user.role:
+            await _check_not_last(services, tx, user)
+            try:
+                await services.users.set_role(tx, user.id, role)
+            except InvalidUser as error:
+                raise Refused(str(error)) from None
+            await _record(services, tx, "user.role_changed", user.id, {"from": user.role, "to": role})
+        return await _find(services, tx, name)
+
+    user = run(data_dir, work)
+    say(_shown(user), _line(user), as_json=as_json)
+
+
+@app.command()
+def delete(
+    name: Annotated[str, typer.Argument(help="Username or address; with --purge also the id of a deleted user.")],
+    purge: Annotated[bool, typer.Option("--purge", help="Leave nothing that could be restored.")] = False,
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Delete a user: all that is theirs ends, and their names are free. `users restore` can undo it for a while."""
+
+    async def work(services: Services, tx: Transaction) -> User:
+        await tx.lock(Bootstrap.LOCK)
+        user_id = _identified(name) if purge else None
+        user = await services.users.locked(tx, user_id, deleted=True) if user_id is not None else None
+        if user is None or user.deleted_at is None:
+            user = await _find(services, tx, name)
+        await _check_not_last(services, tx, user)
+        await services.email_tokens.revoke_all(tx, user.id)
+        if purge:
+            await services.users.erase(tx, user.id)
+        else:
+            await services.users.delete(tx, user.id)
+        await _record(services, tx, "user.purged" if purge else "user.deleted", user.id)
+        return user
+
+    user = run(data_dir, work)
+    text = f"{user.id}  {user.username}: nothing is left" if purge else f"{user.id}  {user.username}: deleted"
+    say({"id": str(user.id), "username": user.username, "purged": purge}, text, as_json=as_json)
+
+
+@app.command()
+def restore(
+    user_id: Annotated[str, typer.Argument(help="The id of the deleted user.")],
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Undo a deletion. The names come back; sessions, API keys and the password do not."""
+
+    async def work(services: Services, tx: Transaction) -> User:
+        if (deleted := _identified(user_id)) is None:
+            raise Refused("there is no such deleted user")
+        try:
+            user = await services.users.restore(tx, deleted)
+        except LookupError:
+            raise Refused("there is no such deleted user") from None
+        except NameTaken:
+            raise Refused("somebody took the username or the address meanwhile") from None
+        for key in await services.api_keys.list(tx, user.id):
+            await services.api_keys.revoke(tx, key.id, user.id)
+        await _record(services, tx, "user.restored", user.id)
+        return user
+
+    user = run(data_dir, work)
+    say(_shown(user), _line(user), as_json=as_json)
+
+
+@app.command()
+def sessions(
+    name: Name,
+    end: Annotated[bool, typer.Option("--end", help="Sign the user out everywhere.")] = False,
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+) -> None:
+    """List where a user is signed in, the most recently used first; with --end, what has just ended."""
+
+    async def work(services: Services, tx: Transaction) -> list[Session]:
+        user = await _find(services, tx, name)
+        held = await services.families.sessions(tx, user.id)
+        if end:
+            await services.users.end_sessions(tx, user.id)
+            await _record(services, tx, "sessions.ended", user.id)
+        return held
+
+    held = run(data_dir, work)
+    shown = [
+        {
+            "id": str(session.id),
+            "client_id": session.client_id,
+            "user_agent": session.user_agent,
+            "network": session.network,
+            "created_at": session.created_at.isoformat(),
+            "last_used_at": session.last_used_at.isoformat(),
+            "expires_at": session.expires_at.isoformat(),
+        }
+        for session in held
+    ]
+    lines = [
+        f"{session.id}  {session.last_used_at:%Y-%m-%d %H:%M}  {session.network or '-':<20} {session.client_name}"
+        for session in held
+    ]
+    say(shown, "\n".join(lines), as_json=as_json)
+
+
+@app.command("force-reset")
+def force_reset(name: Name, as_json: AsJson = False, data_dir: DataDir = None) -> None:
+    """Forget a user's password and end all their sessions; where mail can be sent, a mail asks for a new one."""
+
+    async def work(services: Services, tx: Transaction) -> tuple[User, bool]:
+        user = await _find(services, tx, name)
+        epoch = await services.users.clear_password(tx, user.id)
+        await _record(services, tx, "user.password_reset_forced", user.id)
+        if services.mailer is None or not user.enabled or epoch is None:
+            return user, False
+        token_id = await services.email_tokens.issue(
+            tx, purpose="reset_password", user_id=user.id, epoch=epoch, email=user.email
+        )
+        try:
+            await services.outbox.enqueue(
+                tx, template="reset_password", recipient=user.email, context={}, token_id=token_id
+            )
+        except MailQueueFull:
+            raise Refused("too many mails wait already; nothing was changed") from None
+        return user, True
+
+    user, mail_sent = run(data_dir, work, keys=True)
+    hint = (
+        "a mail with a link is queued"
+        if mail_sent
+        else f"now run `identity-service users set-password {user.username}`"
+    )
+    say({**_shown(user), "mail_sent": mail_sent}, f"{_line(user)}\n{hint}", as_json=as_json)

@@ -10,9 +10,9 @@ import pytest
 from passlib import hash as foreign
 from sqlalchemy import func, select
 
-from identity_service.accounts.throttle import ACCOUNT_NETWORK
 from identity_service.accounts.users import InvalidUser, NameTaken
 from identity_service.infra.database import Transaction
+from identity_service.infra.ratelimit.catalogue import SIGN_IN_ACCOUNT_NETWORK
 from identity_service.infra.runtime import Secret
 from identity_service.infra.runtime.hashing import NFKC_FORM, RAW_FORM, HashingBusy, PasswordHasher
 from identity_service.infra.tables import users
@@ -377,7 +377,7 @@ async def test_a_busy_pool_says_come_back_and_everything_else_goes_on(
                 assert busy.status_code == 503
                 assert int(busy.headers["retry-after"]) >= 1
                 assert busy.json()["error"] == "temporarily_unavailable"
-            for _ in range(ACCOUNT_NETWORK.burst):  # nobody looked at the password, so it is no failure
+            for _ in range(SIGN_IN_ACCOUNT_NETWORK.burst):  # nobody looked at the password, so it is no failure
                 assert await try_sign_in(service, client, user.username, PASSWORD) == 503
             async with asyncio.timeout(1):
                 for path in ("/.well-known/jwks.json", "/healthz", "/readyz"):

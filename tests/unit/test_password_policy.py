@@ -87,6 +87,39 @@ def test_the_own_name_is_no_password(text: str) -> None:
     assert "must not be the name or the address" in refused(text)
 
 
+SERVICE = PasswordPolicy(service_name="Lab Portal")
+
+
+@pytest.mark.case("ACC-17")
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "labportal",
+            "LabPortal2026",
+            "2026labportal",
+            "Lab Portal 2026!",
+            "lab-portal-01.12.2026",
+            "labportallabportal",
+        ),
+        *("~lab~portal~", "Lab_Portal", wide("LabPortal2026"), "labportal\u0662\u0660\u0662\u0666"),
+    ],
+)
+def test_the_name_of_the_service_is_no_password(text: str) -> None:
+    """With a year, a date or signs about it, in any case and width: it is what is tried next."""
+    assert "this service's name" in refused(text, SERVICE)
+
+
+@pytest.mark.parametrize(
+    "text", ["labportal is not it", "labportal-123456789", "my labportal password", "lab 2026 port", "Portal-2026-Lab"]
+)
+def test_a_password_may_hold_the_name_of_the_service(text: str) -> None:
+    """Beside enough of something else; and an installation without a name has none to look for."""
+    assert accepted(text, SERVICE) == text
+    assert accepted("labportal2026") == "labportal2026"
+    assert accepted("qwertz-2026", PasswordPolicy(service_name="!?"))
+
+
 @pytest.mark.parametrize(
     ("text", "missing"),
     [

@@ -17,6 +17,7 @@ from identity_service.accounts.refresh_families.families import (
     RefreshFamilies,
     Rejected,
 )
+from identity_service.accounts.refresh_families.sessions import Session
 from identity_service.accounts.refresh_families.token import TOKEN_PREFIX
 from identity_service.accounts.refresh_families.verdict import FamilyState, GenuineToken, Verdict, judge
 
@@ -30,6 +31,7 @@ __all__ = [
     "Lifetimes",
     "RefreshFamilies",
     "Rejected",
+    "Session",
     "Verdict",
     "judge",
 ]

@@ -24,9 +24,11 @@ from sqlalchemy import (
 
 from identity_service.accounts.access import ScopeList
 from identity_service.accounts.clients import Client
+from identity_service.accounts.refresh_families.sessions import Session, Sessions, origin_values
 from identity_service.accounts.refresh_families.token import NONCE_BYTES, RefreshTokens
 from identity_service.accounts.refresh_families.verdict import FamilyState, GenuineToken, Verdict, judge
 from identity_service.accounts.users import SignInFacts
+from identity_service.infra.audit import Origin
 from identity_service.infra.data_keys import DataKeys
 from identity_service.infra.database import Transaction, TransactionConflict
 from identity_service.infra.runtime import Clock, Secret, new_id
@@ -131,8 +133,8 @@ _LIVE = (
         FROM refresh_families f
         JOIN users u ON u.id = f.user_id AND u.enabled AND u.epoch = f.user_epoch
         JOIN clients c ON c.id = f.client_id AND c.enabled AND c.epoch = f.client_epoch
-        WHERE f.id = :id AND f.user_id = :user AND f.client_id = :client AND f.revoked_at IS NULL
-          AND f.absolute_expires_at > :now
+        WHERE f.id = :id AND f.user_id = :user AND f.client_id = COALESCE(:client, f.client_id)
+          AND f.revoked_at IS NULL AND f.absolute_expires_at > :now
         """
     )
     .bindparams(
@@ -153,6 +155,7 @@ class RefreshFamilies:
         self._clock = clock
         self._tokens = RefreshTokens(keys)
         self._lifetimes = lifetimes
+        self._sessions = Sessions(clock)
 
     def read(self, presented: Secret) -> GenuineToken | None:
         """Return what a refresh token says, or None for one we never handed out; costs no query."""
@@ -167,10 +170,12 @@ class RefreshFamilies:
         scope: ScopeList,
         audiences: Audiences,
         amr: Sequence[str],
+        origin: Origin | None = None,
     ) -> Family | None:
         """
         Start a family for a user whose password was right, or return None if that is no longer worth anything.
 
+        `origin` is where the sign-in came from, for the list in which its owner recognises it.
         The user's row is locked and everything that could have changed since the password was looked at is checked
         again, uncached: a sign-in in flight does not survive a disable or a password change.
         """
@@ -182,7 +187,9 @@ class RefreshFamilies:
                 .with_for_update(key_share=True)
             )
         ).first()
-        owner = (await tx.execute(select(clients.c.epoch, clients.c.enabled).where(clients.c.id == client.id))).first()
+        # Held, so that it cannot be deleted before the family is stored.
+        stored = select(clients.c.epoch, clients.c.enabled).where(clients.c.id == client.id)
+        owner = (await tx.execute(stored.with_for_update(read=True, key_share=True))).first()
         if user is None or not user.enabled or user.epoch != facts.epoch:
             return None
         if owner is None or not owner.enabled or owner.epoch != client.epoch:
@@ -208,6 +215,7 @@ class RefreshFamilies:
                 rotated_at=now,
                 idle_expires_at=now + idle,
                 absolute_expires_at=now + absolute,
+                **origin_values(origin),
             )
         )
         token = self._tokens.write(family_id, 0, nonce, kid)
@@ -298,11 +306,31 @@ class RefreshFamilies:
         user_id: uuid.UUID = row.user_id
         return user_id
 
-    async def live(self, tx: Transaction, family_id: uuid.UUID, *, user_id: uuid.UUID, client_id: str) -> bool:
-        """Return whether a family, its user and its client are all still good; what a bearer of its tokens needs."""
+    async def live(self, tx: Transaction, family_id: uuid.UUID, *, user_id: uuid.UUID, client_id: str | None) -> bool:
+        """
+        Return whether a family, its user and its client are all still good; what a bearer of its tokens needs.
+
+        `client_id` is whom the token was issued to; None for one that another client got by exchange (RFC 8693).
+        """
         now = self._clock.now()
         row = await tx.fetch_hot(_LIVE, {"id": family_id, "user": user_id, "client": client_id, "now": now})
         return row is not None
+
+    async def sessions(self, tx: Transaction, user_id: uuid.UUID, current: uuid.UUID | None = None) -> list[Session]:
+        """Return a user's live sessions, the most recently used first; `current` is the family of who asks."""
+        return await self._sessions.of(tx, user_id, current)
+
+    async def end(self, tx: Transaction, user_id: uuid.UUID, session_id: uuid.UUID) -> bool:
+        """End one session of a user; return False if they have no such live one."""
+        return await self._sessions.end(tx, user_id, session_id)
+
+    async def keep(self, tx: Transaction, family_id: uuid.UUID, user_id: uuid.UUID, *, epoch: int) -> bool:
+        """Let one live family outlive the step that has just moved its user's epoch on; return whether it did."""
+        return await self._sessions.keep(tx, family_id, user_id, epoch=epoch)
+
+    async def count(self, tx: Transaction) -> int:
+        """Return how many live families there are."""
+        return await self._sessions.count(tx)
 
     async def clean_up(self, tx: Transaction, *, batch: int) -> int:
         """Delete at most `batch` families past their absolute end; no token of theirs can be of use to anybody."""
