@@ -94,7 +94,13 @@ class Password(Grant[PasswordEvidence]):
         asked = asked_scope(request, request.client.scope)
         granted = within(asked, await self._access.scopes_of(tx, facts.role))
         family = await self._families.start(
-            tx, facts, request.client, scope=granted, audiences=audiences_of(request, self._issuer), amr=("pwd",)
+            tx,
+            facts,
+            request.client,
+            scope=granted,
+            audiences=audiences_of(request, self._issuer),
+            amr=("pwd",),
+            origin=request.origin,
         )
         if family is None:
             return await self._refuse(tx, request, evidence, "changed_meanwhile")

@@ -24,7 +24,7 @@ from identity_service.oauth.errors import (
     UnauthorizedClient,
     UnsupportedGrantType,
 )
-from identity_service.oauth.tokens import Tokens, UserClaims
+from identity_service.oauth.tokens import ACCESS_TOKEN_TYPE, Lineage, Tokens, UserClaims
 
 _UNSUPPORTED_SCOPES = frozenset(("openid", "offline_access"))
 """Scopes of OpenID Connect, which this version does not speak: refused when asked for, and in nobody's default."""
@@ -52,7 +52,12 @@ class TokenRequest:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """An authorization that was proven: for whom, and what it can be worth at most."""
+    """
+    An authorization that was proven: for whom, and what it can be worth at most.
+
+    `held` is what the subject may do now, where no role of a user says it. `lineage` is what a token is exchanged for,
+    and `until`, in seconds since 1970, when it must end.
+    """
 
     subject: str
     scope: ScopeList
@@ -60,6 +65,9 @@ class Proof:
     user: UserClaims | None = None
     refresh_token: Secret | None = None
     headers: tuple[tuple[bytes, bytes], ...] = ()
+    held: frozenset[str] | None = None
+    lineage: Lineage | None = None
+    until: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +84,14 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Issued:
-    """A successful answer (RFC 6749 §5.1)."""
+    """A successful answer (RFC 6749 §5.1); an exchange names the type of what it issued (RFC 8693 §2.2.1)."""
 
     access_token: str
     expires_in: int
     scope: ScopeList
     refresh_token: Secret | None
     headers: tuple[tuple[bytes, bytes], ...]
+    issued_token_type: str | None = None
 
 
 Evidence = TypeVar("Evidence")
@@ -101,6 +110,8 @@ class Grant(ABC, Generic[Evidence]):
     """Whether a client of somebody else's is refused, whatever it is registered for."""
     bounded_by_proof: ClassVar[bool] = False
     """Whether a scope or target that is too wide may be refused only after the verdict on what was presented."""
+    target_parameters: ClassVar[tuple[str, ...]] = ("resource",)
+    """The parameters that name what the token is for; others of that kind are ignored."""
 
     @abstractmethod
     async def examine(self, tx: Transaction, request: TokenRequest) -> Evidence:
@@ -184,7 +195,7 @@ class Pipeline:
         self,
         client: Client,
         parameters: Mapping[str, str],
-        resources: Sequence[str],
+        repeated: Mapping[str, tuple[str, ...]],
         *,
         origin: Origin,
         retry_key: Secret | None,
@@ -204,8 +215,10 @@ class Pipeline:
                 raise InvalidScope("The scope is malformed.", reason="scope_malformed")
             if not _UNSUPPORTED_SCOPES.isdisjoint(scope):
                 raise InvalidScope("The scope is not supported.", reason="scope_unsupported")
-        request = TokenRequest(grant_type, client, origin, scope, tuple(resources), parameters, retry_key)
-        if not self._grants[grant_type].bounded_by_proof:
+        grant = self._grants[grant_type]
+        resources = tuple(target for name in grant.target_parameters for target in repeated.get(name, ()))
+        request = TokenRequest(grant_type, client, origin, scope, resources, parameters, retry_key)
+        if not grant.bounded_by_proof:
             asked_scope(request, client.scope)
             audiences_of(request, self._tokens.issuer)
         return request
@@ -234,11 +247,22 @@ class Pipeline:
             for role in proof.user.roles:
                 held |= await self._access.scopes_of(tx, role)
             scope = within(scope, held)
+        if proof.held is not None:
+            scope = within(scope, proof.held)
+        if proof.lineage is not None and not scope:
+            raise InvalidScope("Nothing is left of the scope.", reason="scope_empty")
         audience = choose_audience(request.resources, proof.audiences, self._tokens.issuer)
         token = self._tokens.issue(
-            request.client, subject=proof.subject, scope=scope, audience=audience, user=proof.user
+            request.client,
+            subject=proof.subject,
+            scope=scope,
+            audience=audience,
+            user=proof.user,
+            lineage=proof.lineage,
+            until=proof.until,
         )
-        return Issued(token.text, token.expires_in, scope, proof.refresh_token, proof.headers)
+        issued_type = None if proof.lineage is None else ACCESS_TOKEN_TYPE
+        return Issued(token.text, token.expires_in, scope, proof.refresh_token, proof.headers, issued_type)
 
     async def settled(self, request: TokenRequest, evidence: object) -> None:
         """Tell the grant that its success was committed."""

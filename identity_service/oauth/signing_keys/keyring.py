@@ -126,8 +126,12 @@ class SigningKeys:
         return plan(self._records, self._clock.now(), self._policy)
 
     async def prepare(self, owed: Plan) -> list[NewKey]:
-        """Generate the keys a plan asks for, before any lock is taken: a large key can take seconds."""
-        return [await asyncio.to_thread(generate, self._policy.bits) for _ in owed.create]
+        """Generate the keys a plan asks for, before any lock is taken."""
+        return await self.generate(len(owed.create))
+
+    async def generate(self, count: int) -> list[NewKey]:
+        """Return new key material; a large key can take seconds, so it is made on a thread and under no lock."""
+        return [await asyncio.to_thread(generate, self._policy.bits) for _ in range(count)]
 
     async def advance(self, tx: Transaction, spare: Sequence[NewKey]) -> Plan:
         """
