@@ -5,7 +5,9 @@ A small threaded HTTP server on 127.0.0.1 with RSA keys of its own. It counts wh
 answers.
 """
 
+import base64
 import functools
+import hashlib
 import json
 import socket
 import threading
@@ -16,15 +18,18 @@ from dataclasses import dataclass, field, replace
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal, Self, final
+from urllib.parse import parse_qs, unquote_plus
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 
+from identity_service.infra.runtime.ids import encode_token
 from tests.support.tokens import b64, changed, compact
 
 METADATA = "/.well-known/oauth-authorization-server"
 JWKS = "/jwks"
 AUDIENCE = "https://orders.example"
+CLIENT_ID, CLIENT_SECRET = "cl_orders", "cs_: half+ä %3A"  # all that a careless reader of Basic stumbles over
 _BETWEEN_BYTES = 0.02  # seconds; every read of the other side succeeds long before it gives up
 _PATIENCE = 30.0  # seconds; what is waited for takes milliseconds
 _LONGEST_HANG = 60.0  # seconds; a test that forgets to close its issuer still ends
@@ -48,10 +53,34 @@ def key_set(*jwks: str | Mapping[str, Any]) -> bytes:
     return json.dumps({"keys": [public_jwk(jwk) if isinstance(jwk, str) else jwk for jwk in jwks]}).encode()
 
 
+def an_api_key(number: int = 1) -> str:
+    """Return an API key as the service spells them, the same one for the same number."""
+    noise = hashlib.sha512(str(number).encode()).digest()
+    return encode_token(f"idk_{encode_token('', noise[:8])[:11]}_", noise[32:])
+
+
+def exchanged(api_key: str, **claims: Any) -> dict[str, Any]:
+    """Return the claims by which a token that came out of an exchange by `CLIENT_ID` differs from others."""
+    of_exchange = {"client_id": CLIENT_ID, "act": {"sub": CLIENT_ID}, "key_id": api_key[4:15], "amr": ["api_key"]}
+    return {**of_exchange, **claims}
+
+
+def token_answer(access_token: object, **members: Any) -> bytes:
+    """Return the answer to a token exchange (RFC 8693 §2.2.1) with some members changed or left out (`OMIT`)."""
+    answer = {
+        "access_token": access_token,
+        "issued_token_type": "urn:ietf:params:oauth:token-type:access_token",
+        "token_type": "Bearer",
+        "expires_in": 600,
+        "scope": "orders:read",
+    }
+    return json.dumps(changed(answer, members)).encode()
+
+
 def wait_for_fetches() -> None:
-    """Return once no verifier of this process is fetching keys, as must happen within a bounded time."""
+    """Return once no verifier of this process asks anything, as must happen within a bounded time."""
     for thread in threading.enumerate():
-        if thread.name == "jwks":
+        if thread.name in ("jwks", "api-key"):
             thread.join(_PATIENCE)
             assert not thread.is_alive(), "a thread is left behind"
 
@@ -90,6 +119,7 @@ class Asked:
 
     path: str
     headers: Message
+    body: bytes = b""
 
 
 @final
@@ -103,6 +133,7 @@ class Issuer:
     def __init__(self, path: str = "") -> None:
         self.kids = ["k1"]
         self.cached: bytes | None = None  # the key set that a cache on the way gives to whoever does not ask past it
+        self.api_keys: dict[str, dict[str, Any]] = {}  # those that are good, and what their tokens say besides
         self.asked: list[Asked] = []
         self._path = path
         self._answers: dict[str, Answer] = {}
@@ -125,6 +156,11 @@ class Issuer:
     def url(self) -> str:
         """The issuer identifier."""
         return self.origin + self._path
+
+    @property
+    def token_path(self) -> str:
+        """Where tokens are asked for."""
+        return f"{self._path}/token"
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -217,8 +253,9 @@ class Issuer:
         threading.Thread(target=self._server.serve_forever, args=(0.01,), name="issuer", daemon=True).start()
 
     def _handle(self, request: "_Request") -> None:
+        asked = Asked(request.path, request.headers, request.rfile.read(int(request.headers["content-length"] or 0)))
         with self._lock:
-            self.asked.append(Asked(request.path, request.headers))
+            self.asked.append(asked)
         answer = self._answers.get(request.path, Answer())
         if request.path == JWKS and self.cached and request.headers["cache-control"] != "no-cache":
             answer = Answer(body=self.cached)
@@ -227,16 +264,29 @@ class Issuer:
         if answer.how == "when told":
             self._told.wait(_LONGEST_HANG)
         with suppress(ConnectionError):  # the other side has had enough, which is what most of this is for
-            self._send(request, self._completed(answer, request.path))
+            self._send(request, self._completed(answer, asked))
 
-    def _completed(self, answer: Answer, path: str) -> Answer:
+    def _completed(self, answer: Answer, asked: Asked) -> Answer:
+        path = asked.path
         if answer.body is not None:
             return answer
+        if path == self.token_path and answer.status == 200:
+            return self._exchange(answer, asked)
         if path == JWKS:
             return replace(answer, body=key_set(*self.kids))
         if path == METADATA + self._path:
             return replace(answer, body=json.dumps(self.metadata).encode())
         return replace(answer, body=b"", status=404 if answer == Answer() else answer.status)
+
+    def _exchange(self, answer: Answer, asked: Asked) -> Answer:
+        """Answer a token exchange as the service does (RFC 8693 §2)."""
+        name, _, secret = base64.b64decode(asked.headers["authorization"][6:]).decode("ascii").partition(":")
+        if (unquote_plus(name), unquote_plus(secret)) != (CLIENT_ID, CLIENT_SECRET):
+            return replace(answer, status=401, body=b'{"error": "invalid_client"}')
+        (api_key,) = parse_qs(asked.body.decode("ascii"), strict_parsing=True)["subject_token"]
+        if api_key not in self.api_keys:
+            return replace(answer, status=400, body=b'{"error": "invalid_grant"}')
+        return replace(answer, body=token_answer(self.mint(**exchanged(api_key, **self.api_keys[api_key]))))
 
     def _send(self, request: "_Request", answer: Answer) -> None:
         body = answer.body or b""
@@ -276,6 +326,8 @@ class _Request(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.issuer._handle(self)
+
+    do_POST = do_GET  # noqa: N815  # the base class finds it by this name
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
