@@ -1,19 +1,24 @@
 """
-The outermost layer of every request: its id, its size, its host, its log line, and the headers every answer carries.
+The outermost layer of every request: its id, size, host and spelling, its log line, and the headers of every answer.
 
 Pure ASGI: a middleware of the framework's own kind costs more than everything else `POST /token` does besides signing.
 The protocol's endpoints are answered right here, by exact path; everything else goes on to the framework.
 """
 
+import ipaddress
 import os
 import re
 import time
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
+from functools import lru_cache
 from typing import Any, Protocol, final
+from urllib.parse import unquote_to_bytes
 
 import structlog
 
 from identity_service.web.asgi import JSON, NO_STORE, AsgiApp, Headers, Receive, Reply, Scope, Send
+from identity_service.web.cors import PUBLIC_DOCUMENTS, Cors
+from identity_service.web.deps import IPNetwork, network_of
 from identity_service.web.errors import problem, problem_of
 
 log = structlog.get_logger("identity_service.access")
@@ -23,14 +28,27 @@ _MOST_HEADERS = 100
 _LONGEST_URL = 8 * 1024
 _PROBES = frozenset(("/healthz", "/readyz"))
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]]+)(?::\d{1,5})?")
+_API = "/v1/"
+_SEGMENT = rb"/(?!\.{1,2}(?:/|$))(?:[A-Za-z0-9._~:@!$&'()*+,=-]|%[0-9A-Fa-f]{2})+"
+_PATH = re.compile(rb"/|(?:" + _SEGMENT + rb")+")
+# Letters that need no encoding (RFC 3986 §2.3), slashes of both kinds, and what somebody may decode a second time.
+_DISGUISE = re.compile(
+    rb"%(?:2[DEF]|3[0-9]|[46][1-9A-F]|[57][0-9A]|5[CF]|7E|25[0-9A-F]{2})",
+    re.IGNORECASE,
+)
+
 _ALWAYS = (
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
     (b"referrer-policy", b"no-referrer"),
     (b"cross-origin-opener-policy", b"same-origin"),
 )
-_LOCKED_DOWN = (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'")
+_POLICY = b"content-security-policy"
+_LOCKED_DOWN = (_POLICY, b"default-src 'none'; frame-ancestors 'none'")
 _HSTS = (b"strict-transport-security", b"max-age=31536000; includeSubDomains")
+_RESOURCE_POLICY = b"cross-origin-resource-policy"
+PROTECTION = (*_ALWAYS, _LOCKED_DOWN, (_RESOURCE_POLICY, b"same-origin"))
+"""What an answer carries that is given before there is a request."""
 
 
 class Endpoint(Protocol):
@@ -58,17 +76,33 @@ class Edge:
         https: bool,
         access_log: bool,
         docs: bool = False,
+        cors: Cors | None = None,
+        trusted_proxies: Sequence[IPNetwork] = (),
+        on_limited: Callable[[str, str], None] = lambda _limit, _network: None,
     ) -> None:
+        """`on_limited` hears of each request that a limit refused: the limit's name, and the network it came from."""
         self._app = app
+        self._on_limited = on_limited
         self._endpoints = endpoints
         self._hosts = frozenset(host.lower() for host in allowed_hosts)
+        self._https = https
         self._access_log = access_log
+        self._cors = cors
+        self._trusted_proxies = tuple(trusted_proxies)
         # The pages of the interactive documentation, a development tool, load scripts from elsewhere.
         always = [*_ALWAYS] if docs else [*_ALWAYS, _LOCKED_DOWN]
-        self._headers = [*always, _HSTS] if https else always
+        always = [*always, _HSTS] if https else always
+        self._headers = [*always, (_RESOURCE_POLICY, b"same-origin")]
+        self._public_headers = [*always, (_RESOURCE_POLICY, b"cross-origin")]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass one request through."""
+        """
+        Pass one request through.
+
+        Layers below put what they have to say about the request into `scope["state"]`: `client_id` and `reason` for
+        the log, `headers` for the answer, whichever it will be, `cors_origins` for those who may read it, and
+        `limit` for the one that refused it.
+        """
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
@@ -83,16 +117,30 @@ class Edge:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                given = message["headers"]
+                ours = self._public_headers if scope["path"].startswith(PUBLIC_DOCUMENTS) else self._headers
+                if any(name == _POLICY for name, _ in given):  # a page's own, which says what that page needs
+                    ours = [header for header in ours if header[0] != _POLICY]
                 message["headers"] = [
-                    *message["headers"],
-                    *self._headers,
+                    *given,
+                    *ours,
                     (b"x-request-id", request_id.encode("ascii")),
+                    *state.get("headers", ()),
+                    *(await self._cors.headers(scope) if self._cors is not None else ()),
                 ]
             await send(message)
 
         # The server runs each request in a task of its own, so the binding ends with it.
         structlog.contextvars.bind_contextvars(request_id=request_id)
-        route = await self._route(scope, receive, sending)
+        try:
+            route = await self._route(scope, receive, sending)
+        except Exception as error:
+            if status:
+                raise
+            route = scope["path"] if scope["path"] in self._endpoints else "unmatched"
+            await problem_of(error).send(sending)
+        if "limit" in state:
+            self._on_limited(state["limit"], network_of(scope, Headers(scope["headers"]), self._trusted_proxies))
         if self._access_log and (status >= 400 or not self._is_quiet(route)):
             log.info(
                 "request",
@@ -109,22 +157,13 @@ class Edge:
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> str:
         """Answer, and return the route's name for the log; never the path as sent, which may hold anything."""
-        headers = scope["headers"]
+        if (refusal := self._refusal(scope)) is not None:
+            name, reply = refusal
+            await reply.send(send)
+            return name
+        if self._cors is not None and await self._cors.answer_preflight(scope, send):
+            return "preflight"
         path: str = scope["path"]
-        if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > _LONGEST_URL:
-            await problem(414, "The URL is too long.").send(send)
-            return "refused"
-        if len(headers) > _MOST_HEADERS or sum(len(name) + len(value) for name, value in headers) > _LARGEST_HEADERS:
-            await problem(431, "The headers are too large.").send(send)
-            return "refused"
-        if path not in _PROBES:
-            hosts = Headers(headers).all("host")
-            if len(hosts) != 1:  # RFC 9112 §3.2
-                await problem(400, "The request must name one host.").send(send)
-                return "refused"
-            if not self._host_allowed(hosts[0]):
-                await problem(404, "There is nothing here.").send(send)
-                return "unknown host"
         endpoint = self._endpoints.get(path)
         if endpoint is None:
             await self._app(scope, receive, send)
@@ -138,11 +177,64 @@ class Edge:
         await endpoint(scope, receive, send)
         return path
 
+    def _refusal(self, scope: Scope) -> tuple[str, Reply] | None:
+        """Return what is said to a request that no endpoint may see, and its name for the log."""
+        pairs, path = scope["headers"], scope["path"]
+        raw_path: bytes = scope.get("raw_path") or path.encode("utf-8", "surrogateescape")
+        query: bytes = scope["query_string"]
+        if len(raw_path) + len(query) > _LONGEST_URL:
+            return "refused", problem(414, "The URL is too long.")
+        if len(pairs) > _MOST_HEADERS or sum(len(name) + len(value) for name, value in pairs) > _LARGEST_HEADERS:
+            return "refused", problem(431, "The headers are too large.")
+        if path not in _PROBES:
+            headers = Headers(pairs)
+            hosts = headers.all("host")
+            if len(hosts) != 1:  # RFC 9112 §3.2
+                return "refused", problem(400, "The request must name one host.")
+            if not self._host_allowed(hosts[0]):
+                return "unknown host", problem(404, "There is nothing here.")
+            if self._https and self._came_by_http(scope, headers):
+                return "refused", problem(400, "This service is reached by https only.")
+        # A rule that a proxy has about a path must not be walked around by spelling the path in another way.
+        if not _PATH.fullmatch(raw_path) or (b"%" in raw_path and _DISGUISE.search(raw_path)):
+            return "unmatched", problem(404, "Not Found")
+        if path.startswith(_API) and not (_is_text(raw_path) and _is_text(query)):
+            return "refused", problem(400, "The URL must be UTF-8 without NUL.")
+        return None
+
     def _host_allowed(self, host: str) -> bool:
         if "*" in self._hosts:
             return True
         match = _HOST.fullmatch(host)
         return match is not None and match[1].lower() in self._hosts
+
+    def _came_by_http(self, scope: Scope, headers: Headers) -> bool:
+        """Return whether a proxy of ours says that its client spoke http; the first word is about the outermost one."""
+        peer = (scope.get("client") or ("", 0))[0]
+        said = headers.all("x-forwarded-proto")
+        if not said or not _is_among(peer, self._trusted_proxies):
+            return False
+        return said[0].partition(",")[0].strip().lower() == "http"
+
+
+@lru_cache(maxsize=1000)
+def _is_among(peer: str, networks: tuple[IPNetwork, ...]) -> bool:
+    try:
+        address = ipaddress.ip_address(peer)
+    except ValueError:
+        return False
+    address = getattr(address, "ipv4_mapped", None) or address
+    return any(address in network for network in networks)
+
+
+def _is_text(encoded: bytes) -> bool:
+    """Return whether percent-encoded bytes are UTF-8 without NUL, which the database cannot hold."""
+    if b"%" not in encoded and encoded.isascii() and b"\0" not in encoded:
+        return True
+    try:
+        return "\0" not in unquote_to_bytes(encoded).decode("utf-8")
+    except UnicodeDecodeError:
+        return False
 
 
 @final

@@ -6,12 +6,27 @@ grows. Both are bounded here; what is complete is judged by the edge.
 """
 
 import asyncio
+from http import HTTPStatus
 from typing import ClassVar, final
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-_TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
-_TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+from identity_service.web.asgi import NO_STORE
+from identity_service.web.edge import PROTECTION
+
+_VERSIONS = ("1.0", "1.1")
+
+
+def _parting_words(status: HTTPStatus) -> bytes:
+    """Return an answer without a body that ends the connection."""
+    headers = [*NO_STORE, *PROTECTION, (b"content-length", b"0"), (b"connection", b"close")]
+    lines = [f"HTTP/1.1 {status} {status.phrase}".encode("ascii"), *(b": ".join(header) for header in headers)]
+    return b"\r\n".join([*lines, b"", b""])
+
+
+_MALFORMED = _parting_words(HTTPStatus.BAD_REQUEST)
+_TOO_LARGE = _parting_words(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+_TOO_SLOW = _parting_words(HTTPStatus.REQUEST_TIMEOUT)
 
 
 @final
@@ -49,10 +64,22 @@ class BoundedProtocol(HttpToolsProtocol):
             self._deadline = self.loop.call_later(self.head_deadline, self._end, _TOO_SLOW)
 
     def on_headers_complete(self) -> None:
-        """Stop the clock; the edge's own deadline holds for the body."""
+        """
+        Stop the clock; the edge's own deadline holds for the body.
+
+        Raises ValueError, which the parser takes for a malformed request, where it is more lenient than a proxy in
+        front of us: it reads versions that have no headers, and drops what follows a `#` (RFC 9112 §3.2 has none).
+        """
+        if b"#" in self.url or self.parser.get_http_version() not in _VERSIONS:
+            raise ValueError("no request line of HTTP/1")
         self._in_head = False
         self._stop_clock()
         super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP; `msg` is the server's word for it, and nobody's business."""
+        self.transport.write(_MALFORMED)
+        self.transport.close()
 
     def on_message_complete(self) -> None:
         """Begin to count the next request."""

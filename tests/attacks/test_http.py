@@ -121,6 +121,10 @@ AMBIGUOUS = {
     "a bare carriage return": chunked(b"X-A: a\rContent-Length: 5\r\n", body=HIDDEN),
     "an empty header name": chunked(b": a\r\n", b"Content-Length: 0\r\n", body=HIDDEN),
     "another protocol": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(40) + b"\r\n\r\n",
+    "the first version": b"GET /healthz\r\n" + HOST + b"\r\n" + HIDDEN,
+    "a part after the target": b"GET /healthz#/v1 HTTP/1.1\r\n" + HOST + b"\r\n" + HIDDEN,
+    "a target without its slash": b"GET healthz HTTP/1.1\r\n" + HOST + b"\r\n" + HIDDEN,
+    "a target that is no text": b"GET /health\xff HTTP/1.1\r\n" + HOST + b"\r\n" + HIDDEN,
     "another version": b"POST /token HTTP/9.9\r\n" + HOST + b"Content-Length: 0\r\n\r\n" + HIDDEN,
     "the preface of HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     "a method that is none": b"post /token HTTP/1.1\r\n" + HOST + b"Content-Length: 0\r\n\r\n" + HIDDEN,
@@ -231,6 +235,15 @@ def test_headers_and_urls_have_a_size(target: Target, subtests: pytest.Subtests)
             b"/TOKEN",
             b"/token\\",
         ),
+        *(
+            b"/%74oken",
+            b"/tok%65n",
+            b"/%2e%2e/token",
+            b"/x/%2E%2E/token",
+            b"/x%5c..%5ctoken",
+            b"/token%3b",
+            b"/;/token",
+        ),
         *(b"/%ef%bc%8ftoken", b"/t%c3%b6ken", b"/tok%ff", b"/.well-known/../token", b"/%2e/token", b"/token%3f", b"*"),
     ],
 )
@@ -282,6 +295,32 @@ def test_no_method_but_post_and_no_upgrade(target: Target) -> None:
         b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
     )
     assert status_of(socketed) in (400, 404, 405)
+
+
+@pytest.mark.case("INP-13")
+@pytest.mark.case("INP-18")
+@pytest.mark.parametrize("method", [b"GET", b"POST", b"DELETE"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(b"/v1/users/%00", b"/v1/users/%FF", b"/v1/users/me?q=%00", b"/v1/users/me?q=%ED%A0%80", b"/v1/users/me/"),
+        *(
+            b"/v1/users//me",
+            b"/v1/x/..;/users/me",
+            b"/v1/users/%2e%2e/users/me",
+            b"/%76%31/users/me",
+            b"/v1%2Fusers/me",
+        ),
+        *(b"/V1/users/me", b"/v1/users/me;a=b", b"/v1/users/%257d", b"/v1/users/" + b"a" * 10_000, b"/v1/users/{}"),
+        *(b"/v1/users/0192F0C0-0000-7000-8000-000000000000", b"/v1/users/abc", b"/v1/users/-1", b"/v1/users/%7B%7D"),
+    ],
+)
+def test_no_spelling_of_a_resource_is_a_fault_or_a_way_around(target: Target, method: bytes, path: bytes) -> None:
+    """What is asked for without a credential is refused, not found or not readable, and never looked for elsewhere."""
+    answered = target.raw(method + b" " + path + b" HTTP/1.1\r\n" + HOST + CLOSE + b"Content-Length: 0\r\n\r\n")
+    assert status_of(answered) in (400, 401, 404, 405, 414)
+    assert b"location:" not in answered.lower()
+    assert b"application/problem+json" in answered
 
 
 # -- what comes back, and what is written down ------------------------------------------------------------------------
@@ -347,6 +386,38 @@ def test_the_log_holds_nothing_that_was_sent(target: Target) -> None:
     requests = [line for line in lines if line["event"] == "request"]
     assert {line["route"] for line in requests} >= {"/token", "/revoke", "/v1/users/me", "unmatched"}
     assert all(re.fullmatch(r"[0-9a-f]{16}", line["request_id"]) for line in requests)
+
+
+PROTECTION = (
+    *(b"x-content-type-options: nosniff", b"x-frame-options: DENY", b"referrer-policy: no-referrer"),
+    *(b"cross-origin-opener-policy: same-origin", b"cross-origin-resource-policy: same-origin"),
+    *(b"content-security-policy: default-src 'none'; frame-ancestors 'none'", b"cache-control: no-store"),
+)
+
+
+@pytest.mark.case("INP-23")
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"nonsense\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\n folded: x\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\n" + HOST + b"X-A: " + b"a" * 66_000, 431),
+        (b"GET /?" + b"a" * 66_000, 431),
+    ],
+    ids=["no request", "a folded header", "an endless header", "an endless url"],
+)
+def test_what_never_became_a_request_is_answered_under_the_same_protection(
+    target: Target, request_: bytes, status: int
+) -> None:
+    """By the parser itself, without a body and without a name; the connection ends with it."""
+    head, _, body = target.raw(request_).partition(b"\r\n\r\n")
+    first, *lines = head.split(b"\r\n")
+    assert first.startswith(b"HTTP/1.1 %d " % status)
+    assert set(PROTECTION) <= set(lines)
+    assert b"connection: close" in lines
+    assert body == b""
+    assert b"uvicorn" not in head.lower()
+    assert not any(line.lower().startswith(b"server:") for line in lines)
 
 
 def _endless(address: tuple[str, int], begin: bytes, piece: bytes, most: int) -> tuple[bytes, int]:
