@@ -22,6 +22,7 @@ import redis
 import structlog
 
 from identity_service.infra.migrate import migrate
+from tests.support import canary
 from tests.support.matrix import OPTION, ConformancePlugin
 from tests.support.servers import PostgresServer, RedisServer, ServerUnavailableError, find_postgres, find_redis
 from tests.support.service import Service, prepare_keys, running, test_settings
@@ -42,16 +43,18 @@ RUNNING = pytest.StashKey[contextlib.ExitStack]()
 
 _numbers = itertools.count(1)
 
-# What the service logs is looked at by the tests that are about it.
-structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(OPTION, action="store_true", help="write docs/conformance.md when all rfc-marked tests pass")
+    parser.addoption(canary.OPTION, action="store_true", help="do not look for secrets in what the service logs")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(ConformancePlugin(config))
+    if config.getoption(canary.OPTION):
+        structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    else:
+        config.pluginmanager.register(canary.CanaryPlugin())
 
 
 def prepare_template(url: str) -> None:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Self, final
 
+from tests.support.canary import SCANNER
 from tests.support.servers import free_port
 from tests.support.service import MASTER_KEY
 
@@ -92,9 +93,11 @@ class ServerProcess:
         return self._end(signal.SIGKILL)
 
     def close(self) -> None:
-        """End the server, if it still runs, and delete its log."""
+        """End the server, if it still runs, search its log for secrets, and delete it."""
         self.kill()
         atexit.unregister(self.kill)
+        if self._log.exists():
+            SCANNER.scan(self.log_text(), "a server process")
         self._folder.cleanup()
 
     def __enter__(self) -> Self:
