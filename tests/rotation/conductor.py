@@ -12,10 +12,9 @@ import psycopg
 from sqlalchemy import select
 from sqlalchemy.engine import make_url
 
-from identity_service.cli.keys import bring_forward, withdraw
 from identity_service.infra.tables import audit_events, signing_keys
 from identity_service.main import Services
-from identity_service.oauth.signing_keys import KeyRecord, KeyState
+from identity_service.oauth.signing_keys import Actor, KeyRecord, KeyState
 from identity_service.oauth.signing_keys.material import generate
 from tests.rotation.clock import ProofFailed, Time, until
 from tests.rotation.load import Load, Token
@@ -23,6 +22,7 @@ from tests.rotation.processes import Replica
 from tests.rotation.record import Compromise, Record
 from tests.rotation.replica import LEAD
 
+_CONDUCTOR: Final = Actor("conductor")
 _EARLY: Final = 60.0
 """Seconds before the instant of a rotation when the lock is taken that holds the replicas up."""
 PROMISE: Final = 5.0
@@ -162,7 +162,7 @@ class Conductor:
     async def _bring_forward(self) -> KeyRecord:
         """Do what `identity-service keys rotate` does."""
         async with self._services.db.transaction() as tx:
-            return await bring_forward(self._services, tx)
+            return await self._services.key_acts.bring_forward(tx, _CONDUCTOR)
 
     async def _compromise(self, waiting: KeyRecord) -> None:
         """Do what `identity-service keys compromise` does to the active key, when every sibling knows the next one."""
@@ -173,7 +173,7 @@ class Conductor:
         await self._accepted_everywhere(kid)
         evidence = [pool.withdraw(kid) for pool in (self._load.own, self._load.siblings)]
         async with self._services.db.transaction() as tx:
-            await withdraw(self._services, tx, [kid], spare)
+            await self._services.key_acts.compromise(tx, [kid], spare, _CONDUCTOR)
         compromise = self._record.compromise = Compromise(kid, committed=real.monotonic())
         begun = {replica.name: replica.slot.begun for replica in self._replicas}
         self._load.spawn(self._show_evidence(evidence, compromise))

@@ -1,0 +1,136 @@
+"""What a server does by itself, driven by hand: mails, warnings, purging, sealing, forgetting."""
+
+import email
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from email.message import EmailMessage
+from email.policy import default
+from pathlib import Path
+
+import pytest
+from sqlalchemy import func, select, update
+
+from identity_service.infra.audit import ChainBroken
+from identity_service.infra.tables import api_keys, audit_events, email_tokens, outbox, users
+from identity_service.main.jobs import AUDIT_CHAIN_BROKEN
+from tests.support.service import PASSWORD, Service, running, test_settings
+
+DAY = 86400
+
+
+@pytest.fixture
+async def open_service(database_url: str, tmp_path: Path) -> AsyncIterator[Service]:
+    """Anybody may register; mails are written to a folder of the test."""
+    async with running(test_settings(database_url, registration="open", data_dir=tmp_path)) as service:
+        yield service
+
+
+def mails(service: Service) -> list[EmailMessage]:
+    folder = service.services.settings.mailbox
+    assert folder is not None
+    read = [email.message_from_bytes(path.read_bytes(), policy=default) for path in sorted(folder.glob("*.eml"))]
+    return [message for message in read if isinstance(message, EmailMessage)]
+
+
+async def count(service: Service, table: object) -> int:
+    rows = await service.execute(select(func.count()).select_from(table))  # type: ignore[arg-type]
+    number: int = rows[0][0]
+    return number
+
+
+async def test_a_mail_that_was_ordered_is_written_once(open_service: Service) -> None:
+    """The second run finds nothing to do."""
+    new = {"username": "ada", "email": "ada@example.org", "password": PASSWORD}
+    assert (await open_service.http.post("/v1/users", json=new)).status_code == 201
+    assert mails(open_service) == []
+    for _ in range(2):
+        await open_service.run_job("outbox")
+        [mail] = mails(open_service)
+        assert mail["To"] == "ada@example.org"
+    assert await count(open_service, outbox) == 0
+
+
+async def test_people_are_warned_once_before_a_key_of_theirs_ends(open_service: Service) -> None:
+    """A week ahead, by name and not by secret; keys of services have nobody to read the mail."""
+    keys, clock = open_service.services.api_keys, open_service.clock
+    person, client = await open_service.a_user(), await open_service.a_client()
+    for owner, name in ((person.id, "backup"), (client.id, "of a service")):
+        await open_service.within(
+            lambda tx, owner=owner, name=name: keys.create(
+                tx,
+                owner=owner,
+                name=name,
+                scope=["account:read"],
+                expires_at=clock.now() + timedelta(days=30),
+                networks=[],
+            )
+        )
+    await open_service.run_job("key_expiry")
+    assert await count(open_service, outbox) == 0
+    clock.advance(24 * DAY)  # type: ignore[attr-defined]
+    for _ in range(2):
+        await open_service.run_job("key_expiry")
+    assert await count(open_service, outbox) == 1
+    await open_service.run_job("outbox")
+    [mail] = mails(open_service)
+    assert mail["To"] == person.email
+    body = mail.get_body(("plain",))
+    assert body is not None
+    assert "backup" in body.get_content()
+    assert "idk_" not in mail.as_string()
+
+
+@pytest.mark.case("REF-25")
+async def test_a_deleted_account_is_forgotten_for_good_after_its_time(open_service: Service) -> None:
+    """Not a day before; the trail keeps that it happened, and the names can be had again."""
+    user = await open_service.a_user("ada")
+    await open_service.within(lambda tx: open_service.services.users.delete(tx, user.id))
+    open_service.clock.advance(30 * DAY - 60)  # type: ignore[attr-defined]
+    await open_service.run_job("purge")
+    assert await count(open_service, users) == 1
+    open_service.clock.advance(120)  # type: ignore[attr-defined]
+    await open_service.run_job("purge")
+    assert await count(open_service, users) == 0
+    [row] = await open_service.events("user.purged")
+    assert row.target == str(user.id)
+    assert (await open_service.a_user("ada")).id != user.id
+
+
+async def test_what_has_expired_for_good_is_deleted(open_service: Service) -> None:
+    """Links that nobody used, and keys that were revoked long ago."""
+    user = await open_service.a_user(verified=False)
+    assert (await open_service.http.post("/v1/password-reset", json={"email": user.email})).status_code == 202
+    keys = open_service.services.api_keys
+    made = await open_service.within(
+        lambda tx: keys.create(tx, owner=user.id, name="k", scope=["account:read"], expires_at=None, networks=[])
+    )
+    await open_service.within(lambda tx: keys.revoke(tx, made.key.id, user.id))
+    await open_service.run_job("cleanup")
+    assert (await count(open_service, email_tokens), await count(open_service, api_keys)) == (1, 1)
+    open_service.clock.advance(100 * DAY)  # type: ignore[attr-defined]
+    await open_service.run_job("cleanup")
+    assert (await count(open_service, email_tokens), await count(open_service, api_keys)) == (0, 0)
+    assert await count(open_service, outbox) == 0  # a mail goes with its link
+
+
+@pytest.mark.case("SEC-06")
+async def test_the_trail_is_sealed_and_a_change_of_a_sealed_row_raises_the_alarm(service: Service) -> None:
+    """The metric says so for as long as it is so, and retention removes nothing any more."""
+    await service.a_user()
+    await service.within(
+        lambda tx: service.services.audit.record(tx, "user.created", origin=None, actor="cli", target="x")
+    )
+    await service.run_job("audit_seal")
+    assert await service.execute(select(audit_events.c.id).where(audit_events.c.seq.is_(None))) == []
+    alarm = AUDIT_CHAIN_BROKEN.labels("audit_retention")
+    await service.execute(update(audit_events).values(actor="somebody else"))
+    service.clock.advance(500 * DAY)  # type: ignore[attr-defined]
+    with pytest.raises(ChainBroken):
+        await service.run_job("audit_retention")
+    assert alarm._value.get() == 1
+    assert await count(service, audit_events) >= 1
+    await service.execute(update(audit_events).values(actor="cli"))
+    await service.run_job("audit_retention")
+    assert alarm._value.get() == 0
+    [pruned] = await service.execute(select(audit_events))
+    assert pruned.event == "audit.pruned"
