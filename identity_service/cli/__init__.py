@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from identity_service.cli import dev, keys, people, registry, serving
+from identity_service.cli import audit, dev, imports, keys, people, registry, serving
 from identity_service.cli.common import Refused
 from identity_service.infra.database import DatabaseUnavailable
 from identity_service.infra.runtime.envelope import MasterKeyError
@@ -23,11 +23,13 @@ app.command("dev")(dev.dev)
 app.command("serve")(serving.serve)
 app.command("migrate")(serving.migrate)
 app.command("cleanup")(keys.cleanup)
+people.app.command("import")(imports.import_users)
+people.app.command("export")(imports.export_users)
 app.add_typer(people.app, name="users")
 app.add_typer(registry.clients_app, name="clients")
 app.add_typer(registry.roles_app, name="roles")
 app.add_typer(keys.app, name="keys")
-app.add_typer(keys.audit_app, name="audit")
+app.add_typer(audit.app, name="audit")
 
 
 def main() -> None:

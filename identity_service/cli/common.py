@@ -48,6 +48,11 @@ def settings_for(data_dir: Path | None, **given: Any) -> Settings:
     return load_settings(**given)
 
 
+def unless_named(name: str, value: str) -> str | None:
+    """Return a value for a setting that the environment does not name, None for one that it does."""
+    return None if os.environ.get(f"IDENTITY_{name.upper()}") else value
+
+
 @asynccontextmanager
 async def opened(settings: Settings) -> AsyncIterator[Services]:
     """Yield the services on a database whose schema is new enough; raises Refused."""

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from identity_service.accounts.clients import NO_AUTHENTICATION, NewClient
-from identity_service.cli.common import ACTOR, AsJson, DataDir, settings_for, with_services
+from identity_service.cli.common import ACTOR, AsJson, DataDir, settings_for, unless_named, with_services
 from identity_service.cli.serving import bring_up_to_date, only_one_on_sqlite, run_server
 from identity_service.infra import telemetry
 from identity_service.infra.database import Transaction
@@ -45,7 +45,13 @@ def dev(
     data_dir = data_dir or Path(".data")
     # Whatever database the environment names, the demo is not for it.
     settings = settings_for(
-        data_dir, environment="development", database_url="", host=host, port=port, log_json=as_json
+        data_dir,
+        environment="development",
+        database_url="",
+        host=host,
+        port=port,
+        log_json=as_json,
+        registration=unless_named("registration", "open"),
     )
     telemetry.configure_logging(level=settings.log_level, as_json=settings.log_json, stream=sys.stderr)
     with only_one_on_sqlite(settings):  # before anything is touched that a running server relies on
@@ -57,7 +63,7 @@ def dev(
             typer.echo(_as_json(settings, demo) if as_json else _as_text(settings, demo))
             sys.stdout.flush()
 
-        run_server(settings, when_ready=announce)
+        run_server(settings, when_ready=announce, say=lambda line: typer.echo(line, err=True))
 
 
 def _prepare(settings: Settings, path: Path) -> Demo:

@@ -1,8 +1,7 @@
-"""Commands about keys, the audit trail and what has expired."""
+"""Commands about keys and what has expired."""
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -12,11 +11,13 @@ from identity_service.cli.common import ACTOR, AsJson, DataDir, Refused, opened,
 from identity_service.infra import telemetry
 from identity_service.infra.database import Transaction
 from identity_service.main import Services
-from identity_service.oauth.signing_keys import KeyRecord, KeyState, NewKey, NoUsableKey
+from identity_service.main.jobs import clean_up
+from identity_service.oauth.signing_keys import Actor, KeyRecord, KeyState, NoUsableKey
 from identity_service.oauth.signing_keys.material import generate
 
 app = typer.Typer(help="Signing keys and the master key.", no_args_is_help=True, rich_markup_mode=None)
-audit_app = typer.Typer(help="The audit trail.", no_args_is_help=True, rich_markup_mode=None)
+
+_BY_COMMAND = Actor(ACTOR)
 
 
 def _shown(record: KeyRecord, state: KeyState) -> dict[str, Any]:
@@ -57,39 +58,18 @@ def list_keys(as_json: AsJson = False, data_dir: DataDir = None) -> None:
 def rotate(as_json: AsJson = False, data_dir: DataDir = None) -> None:
     """Let the next key sign as early as is safe, and say when that is."""
 
-    chosen = run(data_dir, bring_forward, keys=True)
+    async def work(services: Services, tx: Transaction) -> KeyRecord:
+        try:
+            return await services.key_acts.bring_forward(tx, _BY_COMMAND)
+        except NoUsableKey:
+            raise Refused("no key is waiting; a running server makes one within seconds") from None
+
+    chosen = run(data_dir, work, keys=True)
     say(
         _shown(chosen, KeyState.NEXT),
         f"{chosen.kid} signs from {chosen.activates_at.isoformat()}; caches will have it by then",
         as_json=as_json,
     )
-
-
-async def bring_forward(services: Services, tx: Transaction) -> KeyRecord:
-    """Let the waiting key sign as early as is safe, and record it; return it. Raises Refused where none is waiting."""
-    try:
-        chosen = await services.signing_keys.rotate(tx)
-    except NoUsableKey:
-        raise Refused("no key is waiting; a running server makes one within seconds") from None
-    await _record(services, tx, "key.rotation_scheduled", chosen)
-    return chosen
-
-
-async def withdraw(services: Services, tx: Transaction, kids: Sequence[str], spare: Sequence[NewKey]) -> list[str]:
-    """Take compromised keys out of use, put others in their place as needed, and record it; return those that went."""
-    gone = await services.signing_keys.compromise(tx, kids, spare)
-    for kid in gone:
-        await services.audit.record(tx, "key.compromised", origin=None, actor=ACTOR, target=kid)
-    made = {key.kid for key in spare}
-    for record, _ in await services.signing_keys.describe(tx):
-        if record.kid in made:
-            await _record(services, tx, "key.created", record)
-    return gone
-
-
-async def _record(services: Services, tx: Transaction, event: str, key: KeyRecord) -> None:
-    detail = {"activates_at": key.activates_at.isoformat()}
-    await services.audit.record(tx, event, origin=None, actor=ACTOR, target=key.kid, detail=detail)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})  # an id may begin with a hyphen
@@ -113,7 +93,8 @@ def compromise(
         chosen = in_use if kid is None else [kid]
         if not set(chosen) <= states.keys():
             raise Refused("there is no such key")
-        return await withdraw(services, tx, chosen, spare), await _schedule(services, tx)
+        gone = await services.key_acts.compromise(tx, chosen, spare, _BY_COMMAND)
+        return gone, await _schedule(services, tx)
 
     bits = settings_for(data_dir).signing_key_bits
     spare = [generate(bits), generate(bits)]  # before any lock is taken: a large key can take seconds
@@ -140,24 +121,6 @@ def rewrap(as_json: AsJson = False, data_dir: DataDir = None) -> None:
     say(done, f"{done['data_keys']} data keys and {done['signing_keys']} signing keys wrapped anew", as_json=as_json)
 
 
-@audit_app.command("list")
-def list_audit(
-    limit: Annotated[int, typer.Option(min=1, max=10_000, help="The most to print; the newest come first.")] = 100,
-    event: Annotated[str | None, typer.Option(help="Only this event.")] = None,
-    as_json: AsJson = False,
-    data_dir: DataDir = None,
-) -> None:
-    """List audit rows."""
-
-    async def work(services: Services, tx: Transaction) -> list[dict[str, Any]]:
-        rows = await services.audit.recent(tx, limit=limit, event=event)
-        return [{**row._mapping, "at": row.at.isoformat()} for row in rows]
-
-    rows = run(data_dir, work)
-    lines = [f"{row['at']}  {row['event']:<28} {row['actor'] or '-'} → {row['target'] or '-'}" for row in rows]
-    say(rows, "\n".join(lines), as_json=as_json)
-
-
 def cleanup(
     batch: Annotated[int, typer.Option(min=1, max=10_000, help="Rows deleted in one transaction.")] = 1000,
     as_json: AsJson = False,
@@ -169,19 +132,8 @@ def cleanup(
 
     async def main() -> dict[str, int]:
         async with opened(settings) as services:
-            return {
-                "refresh_families": await _clean_up(services, lambda tx: services.families.clean_up(tx, batch=batch)),
-                "revoked_tokens": await _clean_up(services, lambda tx: services.issued.clean_up(tx, batch=batch)),
-            }
+            return await clean_up(services, batch=batch)
 
     deleted = asyncio.run(main())
-    text = f"{deleted['refresh_families']} families and {deleted['revoked_tokens']} revoked tokens deleted, all expired"
+    text = ", ".join(f"{count} {table.replace('_', ' ')}" for table, count in deleted.items()) + " deleted, all expired"
     say(deleted, text, as_json=as_json)
-
-
-async def _clean_up(services: Services, one_batch: Callable[[Transaction], Awaitable[int]]) -> int:
-    """Delete batch after batch, each in a transaction of its own, until there is nothing left."""
-    deleted = 0
-    while done := await services.db.run(one_batch):
-        deleted += done
-    return deleted

@@ -42,6 +42,7 @@ def _shown(client: Client, secret: Secret | None = None) -> dict[str, Any]:
         "audiences": list(client.audiences),
         "redirect_uris": list(client.redirect_uris),
         "introspect": list(client.introspect),
+        "exchange_audiences": list(client.exchange_audiences),
         "cors_origins": list(client.cors_origins),
         "require_pkce": client.require_pkce,
         "access_token_ttl": client.access_token_ttl,
@@ -50,6 +51,11 @@ def _shown(client: Client, secret: Secret | None = None) -> dict[str, Any]:
         "refresh_retry_window": client.refresh_retry_window,
         "enabled": client.enabled,
     }
+
+
+def _grant(word: str) -> str:
+    """Return a grant type by its short name, `token_exchange`, or as it is written."""
+    return _GRANT_NAMES.get(word.replace("-", "_"), word)
 
 
 def _line(client: Client) -> str:
@@ -65,6 +71,9 @@ def create(
     audience: Annotated[Words, typer.Option(help="A resource it may get tokens for; the first is its default.")] = None,
     redirect_uri: Annotated[Words, typer.Option(help="A redirect URI, compared exactly.")] = None,
     introspect: Annotated[Words, typer.Option(help="An audience whose tokens it may introspect.")] = None,
+    exchange_audience: Annotated[
+        Words, typer.Option(help="A resource it may exchange tokens and API keys for; the first is its default.")
+    ] = None,
     cors_origin: Annotated[Words, typer.Option(help="An origin its pages are served from.")] = None,
     public: Annotated[bool, typer.Option("--public", help="It cannot keep a secret (browser, phone).")] = False,
     first_party: Annotated[bool, typer.Option("--first-party", help="It is ours.")] = False,
@@ -79,11 +88,12 @@ def create(
     """Register a client; prints its id and, this once, its secret."""
     new = NewClient(
         name=name,
-        grant_types=[_GRANT_NAMES.get(word.replace("-", "_"), word) for word in split(grant)],
+        grant_types=[_grant(word) for word in split(grant)],
         scope=split(scope),
         audiences=split(audience),
         redirect_uris=split(redirect_uri),
         introspect=split(introspect),
+        exchange_audiences=split(exchange_audience),
         cors_origins=split(cors_origin),
         token_endpoint_auth_method=NO_AUTHENTICATION if public else AUTH_METHODS[0],
         first_party=first_party,
@@ -108,6 +118,81 @@ def create(
     if secret is not None:
         text += f"\nclient_secret {secret.reveal()}   (shown this once)"
     say(_shown(client, secret), text, as_json=as_json)
+
+
+@clients_app.command()
+def update(
+    client_id: ClientId,
+    name: Annotated[str | None, typer.Option(help="What people call it.")] = None,
+    grant: Annotated[Words, typer.Option(help="The grant types it may use.")] = None,
+    scope: Annotated[Words, typer.Option(help="The scopes it may ask for.")] = None,
+    audience: Annotated[Words, typer.Option(help="The resources it may get tokens for.")] = None,
+    exchange_audience: Annotated[Words, typer.Option(help="The audiences it may exchange tokens for.")] = None,
+    redirect_uri: Annotated[Words, typer.Option(help="The redirect URIs.")] = None,
+    introspect: Annotated[Words, typer.Option(help="The audiences whose tokens it may introspect.")] = None,
+    cors_origin: Annotated[Words, typer.Option(help="The origins its pages are served from.")] = None,
+    access_token_ttl: Seconds = None,
+    refresh_idle_ttl: Seconds = None,
+    refresh_absolute_ttl: Seconds = None,
+    refresh_retry_window: Seconds = None,
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Change a client; what is not named stays, and a list is replaced as a whole (an empty text empties it)."""
+    grants = None if grant is None else [_grant(word) for word in split(grant)]
+    lists = {
+        "scope": scope,
+        "audiences": audience,
+        "exchange_audiences": exchange_audience,
+        "redirect_uris": redirect_uri,
+        "introspect": introspect,
+        "cors_origins": cors_origin,
+    }
+    given: dict[str, Any] = {
+        "name": name,
+        "grant_types": grants,
+        **{field: None if words is None else split(words) for field, words in lists.items()},
+        "access_token_ttl": access_token_ttl,
+        "refresh_idle_ttl": refresh_idle_ttl,
+        "refresh_absolute_ttl": refresh_absolute_ttl,
+        "refresh_retry_window": refresh_retry_window,
+    }
+    changes = {field: value for field, value in given.items() if value is not None}
+
+    async def work(services: Services, tx: Transaction) -> Client:
+        client = await services.clients.locked(tx, client_id)
+        if client is None:
+            raise Refused("there is no such client")
+        try:
+            client = await services.clients.update(tx, client, changes)
+        except InvalidClientMetadata as error:
+            raise Refused(str(error)) from None
+        await services.access.define(tx, client.scope)
+        detail = {"fields": sorted(changes)}
+        await services.audit.record(tx, "client.updated", origin=None, actor=ACTOR, target=client_id, detail=detail)
+        return client
+
+    if not changes:
+        raise Refused("say what is to be changed")
+    client = run(data_dir, work)
+    say(_shown(client), _line(client), as_json=as_json)
+
+
+@clients_app.command()
+def delete(client_id: ClientId, as_json: AsJson = False, data_dir: DataDir = None) -> None:
+    """Forget a client that was disabled before, with its secrets, keys and families."""
+
+    async def work(services: Services, tx: Transaction) -> None:
+        client = await services.clients.locked(tx, client_id)
+        if client is None:
+            raise Refused("there is no such client")
+        if client.enabled:
+            raise Refused("disable the client first")
+        await services.clients.delete(tx, client_id)
+        await services.audit.record(tx, "client.deleted", origin=None, actor=ACTOR, target=client_id)
+
+    run(data_dir, work)
+    say({"client_id": client_id, "deleted": True}, f"{client_id} deleted", as_json=as_json)
 
 
 @clients_app.command("list")

@@ -80,10 +80,13 @@ class _Server(uvicorn.Server):
             self._when_ready()
 
 
-def run_server(settings: Settings, *, when_ready: Callable[[], None] = lambda: None) -> None:
+def run_server(
+    settings: Settings, *, when_ready: Callable[[], None] = lambda: None, say: Callable[[str], None] = typer.echo
+) -> None:
     """
     Serve until a signal ends it, with 0; with 3 if the address cannot be had.
 
+    `say` hears of the mails that a development server writes instead of sending them.
     Raises Refused, UnsafeSettings, MasterKeyError, DatabaseUnavailable.
     """
     if settings.metrics_port is not None:
@@ -93,7 +96,7 @@ def run_server(settings: Settings, *, when_ready: Callable[[], None] = lambda: N
             raise Refused(f"the metrics port cannot be opened: {error.strerror}") from None
     refusals: list[Exception] = []
     config = server_config(
-        _telling_refusals(create_app(settings), refusals),
+        _telling_refusals(create_app(settings, say=say), refusals),
         host=settings.host,
         port=settings.port,
         timeout_graceful_shutdown=settings.shutdown_grace,

@@ -14,20 +14,17 @@ from identity_service.accounts.clients import Client, Clients
 from identity_service.infra.audit import AuditTrail, Origin
 from identity_service.infra.data_keys import DataKeys
 from identity_service.infra.database import Database, Transaction
-from identity_service.infra.ratelimit import Limited, Limiter, Rule, Spend
+from identity_service.infra.ratelimit import Left, Limited, Limiter, Rule, Spend
+from identity_service.infra.ratelimit.catalogue import CLIENT_AUTHENTICATION
 from identity_service.infra.runtime import Clock, Secret
 from identity_service.oauth.errors import InvalidClient, InvalidRequest, TooManyRequests
 from identity_service.oauth.tokens import IssuedTokens
 from identity_service.verifier.core import TokenRefused, VerifiedClaims
-from identity_service.web.asgi import Headers, Scope
+from identity_service.web.asgi import HeaderList, Headers, Scope
 
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-CLIENT_AUTHENTICATION = Rule(name="client_authentication", burst=30, interval=2.0, memory=300.0, credential=True)
-"""Failed client authentications of one client (or one unknown name) from one network."""
-TOKEN_GUESSING = Rule(name="token_guessing", burst=300, interval=0.2, memory=300.0, credential=True)
-"""Texts that no key of ours has signed, unless they name a key we do not know; per client and network."""
 _MOST_BLOCKED = 10_000
 _LONGEST_AUTHORIZATION = 4096
 
@@ -71,6 +68,16 @@ def network_of(scope: Scope, headers: Headers, trusted: Sequence[IPNetwork]) -> 
             break
         client = hops.pop().strip()
     return _network(client)
+
+
+_LONGEST_USER_AGENT = 256
+
+
+def origin_of(scope: Scope, trusted: Sequence[IPNetwork]) -> Origin:
+    """Return where a request comes from, as limits, the audit trail and people's lists of sessions tell it."""
+    headers = Headers(scope["headers"])
+    agent = (headers.one("user-agent") or "")[:_LONGEST_USER_AGENT]
+    return Origin(network_of(scope, headers, trusted), scope["state"]["request_id"], agent)
 
 
 # -- clients ----------------------------------------------------------------------------------------------------------
@@ -134,6 +141,18 @@ def _basic(value: str) -> ClientCredentials:
     return ClientCredentials(client_id, Secret(text))
 
 
+def limit_headers(left: Sequence[Left]) -> HeaderList:
+    """Return what an answer says about the tightest of the limits it has spent from; nothing where none tells."""
+    if not left:
+        return []
+    tightest = min(left, key=lambda one: one.spends)
+    return [
+        (b"ratelimit-limit", str(tightest.rule.burst).encode("ascii")),
+        (b"ratelimit-remaining", str(tightest.spends).encode("ascii")),
+        (b"ratelimit-reset", str(tightest.full_in).encode("ascii")),
+    ]
+
+
 @final
 class FailureBudget:
     """
@@ -175,9 +194,21 @@ class ClientAuthenticator:
     """Checks client credentials, and slows down who guesses at them."""
 
     def __init__(
-        self, db: Database, clients: Clients, limiter: Limiter, audit: AuditTrail, keys: DataKeys, clock: Clock
+        self,
+        db: Database,
+        clients: Clients,
+        limiter: Limiter,
+        local: Limiter,
+        audit: AuditTrail,
+        keys: DataKeys,
+        clock: Clock,
+        *,
+        general: Rule,
     ) -> None:
+        """`general` limits what one client may ask for at all, in this process's own `local` count."""
         self._db = db
+        self._local = local
+        self._general = general
         self._clients = clients
         self._audit = audit
         self._keys = keys
@@ -190,6 +221,13 @@ class ClientAuthenticator:
         Who used up the failures for a client from one network waits, whatever they send; other networks do not
         notice.
         """
+        client = await self._proven(credentials, origin)
+        verdict = await self._local.spend([Spend(self._general, f"c:{client.id}:{origin.network}")])
+        if isinstance(verdict, Limited):
+            raise TooManyRequests(limit=verdict.rule, retry_after=verdict.retry_after)
+        return client
+
+    async def _proven(self, credentials: ClientCredentials, origin: Origin) -> Client:
         pair = (credentials.client_id[:64], origin.network)
         self._failures.check(pair)
         client = await self._db.run(lambda tx: self._clients.find(tx, credentials.client_id))

@@ -6,16 +6,18 @@ from typing import Any
 import structlog
 
 from identity_service.infra.database import DatabaseUnavailable
+from identity_service.infra.outbox import MailQueueFull
 from identity_service.infra.runtime.hashing import HashingBusy
 from identity_service.infra.telemetry import LIMITS_HIT
 from identity_service.oauth.errors import InvalidClient, OAuthError, TooManyRequests, Unavailable
 from identity_service.oauth.signing_keys import NoUsableKey
-from identity_service.web.asgi import JSON, NO_STORE, HeaderList, Reply
+from identity_service.web.asgi import JSON, NO_STORE, HeaderList, Reply, Scope
 
 log = structlog.get_logger(__name__)
 
 _PROBLEM = (b"content-type", b"application/problem+json")
 _RETRY_AFTER = 2  # seconds
+_MAIL_RETRY_AFTER = 60  # seconds; mails leave more slowly than anything else here
 
 
 def as_oauth(error: Exception) -> OAuthError | None:
@@ -28,7 +30,17 @@ def as_oauth(error: Exception) -> OAuthError | None:
         return Unavailable(reason="no_signing_key", retry_after=_RETRY_AFTER)
     if isinstance(error, HashingBusy):
         return Unavailable(reason="hashing_busy", retry_after=_RETRY_AFTER)
+    if isinstance(error, MailQueueFull):
+        return Unavailable(reason="mail_queue_full", retry_after=_MAIL_RETRY_AFTER)
     return None
+
+
+def note(scope: Scope, error: Exception) -> None:
+    """Say in the request's state, for its log line and for who counts refusals, why it is refused."""
+    known = as_oauth(error)
+    scope["state"]["reason"] = known.reason if known else "fault"
+    if isinstance(known, TooManyRequests):
+        scope["state"]["limit"] = known.limit
 
 
 def _retry_headers(error: OAuthError) -> HeaderList:
@@ -69,4 +81,6 @@ def problem_of(error: Exception) -> Reply:
     if known is None:
         log.error("request.failed", exc_info=error)
         return problem(500, "The service failed. It has been recorded.")
+    if isinstance(known, TooManyRequests):
+        LIMITS_HIT.labels(known.limit).inc()
     return problem(known.status, known.description, headers=_retry_headers(known))

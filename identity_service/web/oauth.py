@@ -7,7 +7,6 @@ nothing is said before it is committed.
 
 import asyncio
 import json
-import math
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -33,10 +32,11 @@ from identity_service.web.deps import (
     IPNetwork,
     basic_was_used,
     client_credentials,
-    network_of,
+    origin_of,
 )
-from identity_service.web.errors import as_oauth, oauth_reply
+from identity_service.web.errors import as_oauth, note, oauth_reply
 from identity_service.web.forms import ClientGone, Form, check_media_type, parse_form, read_body, refuse_query
+from identity_service.web.uniform import until_uniform
 
 _SHORTEST_KEY, _LONGEST_KEY = 16, 255
 _FOREIGN = "The token was not issued to this client."
@@ -83,13 +83,12 @@ class FormEndpoint(ABC):
             refuse_query(scope["query_string"])
             check_media_type(headers)
             form = parse_form(await read_body(headers, receive))
-            origin = Origin(network_of(scope, headers, self._trusted_proxies), scope["state"]["request_id"])
+            origin = origin_of(scope, self._trusted_proxies)
             reply = await self.answer(headers, form, origin, scope)
         except ClientGone:
             return
         except Exception as error:  # the one place where a fault becomes an answer
-            known = as_oauth(error)
-            scope["state"]["reason"] = known.reason if known else "fault"
+            note(scope, error)
             reply = oauth_reply(error, basic_was_used=basic_was_used(headers))
         await reply.send(send)
 
@@ -101,7 +100,7 @@ class FormEndpoint(ABC):
         """Authenticate the client and name it in the request's log line; raises InvalidClient, InvalidRequest."""
         credentials = client_credentials(headers, form.values, default=self._default_client_id)
         client = await self._authenticator.authenticate(credentials, origin)
-        scope["state"]["client_id"] = client.id
+        scope["state"] |= {"client_id": client.id, "cors_origins": client.cors_origins}
         return client
 
 
@@ -137,7 +136,7 @@ class TokenEndpoint(FormEndpoint):
             request = self._pipeline.admit(
                 client,
                 form.values,
-                form.repeated.get("resource", ()),
+                form.repeated,
                 origin=origin,
                 retry_key=_retry_key(headers) if grant_type == "refresh_token" else None,
             )
@@ -152,7 +151,7 @@ class TokenEndpoint(FormEndpoint):
             if grant_type == "refresh_token":
                 REFRESH_VERDICTS.labels(outcome.error.reason).inc()
             if outcome.uniform:
-                await self._until_uniform(started)
+                await until_uniform(started, self._refusal_delay)
             raise outcome.error
         TOKENS.labels(label, client.id, "issued").inc()
         await self._pipeline.settled(request, evidence)
@@ -168,18 +167,13 @@ class TokenEndpoint(FormEndpoint):
                 await self._pipeline.abandoned(request, evidence)
             raise
 
-    async def _until_uniform(self, started: float) -> None:
-        """Wait for the next multiple of the refusal delay since the request began."""
-        if self._refusal_delay > 0:
-            elapsed = asyncio.get_running_loop().time() - started
-            leaves_at = math.ceil(elapsed / self._refusal_delay) * self._refusal_delay
-            await asyncio.sleep(leaves_at - elapsed)
-
 
 def _token_reply(issued: Issued) -> Reply:
     body = {"access_token": issued.access_token, "token_type": "Bearer", "expires_in": issued.expires_in}
     if issued.refresh_token is not None:
         body["refresh_token"] = issued.refresh_token.reveal()
+    if issued.issued_token_type is not None:
+        body["issued_token_type"] = issued.issued_token_type
     body["scope"] = " ".join(issued.scope)
     return Reply(200, to_json(body), (JSON, *NO_STORE, *issued.headers))
 

@@ -7,12 +7,15 @@ from typing import Any
 import bcrypt
 import httpx2
 import pytest
-from sqlalchemy import delete
+from sqlalchemy import delete, select
 
+from identity_service.infra.outbox import Outbox
 from identity_service.infra.runtime import Secret
 from identity_service.infra.runtime.hashing import PasswordHasher, Verification
-from identity_service.infra.tables import users
+from identity_service.infra.tables import outbox, users
+from identity_service.settings import Settings
 from tests.support.hashing import watch_verifications
+from tests.support.people import link
 from tests.support.refusals import refusal
 from tests.support.service import PASSWORD, Registered, Service, running, test_settings
 
@@ -203,3 +206,157 @@ async def test_client_failures_are_limited_alike_for_unknown_clients(embedded: S
         courses.append(tuple(seen_by_the_caller(answer) for answer in answers))
     assert len(set(courses)) == 1
     assert [status for status, *_ in courses[0]] == [401] * 30 + [429] * 3
+
+
+# -- what anybody may ask without a credential ------------------------------------------------------------------------
+
+ASKED = (
+    "known@example.org",
+    "KNOWN@Example.ORG",
+    "unverified@example.org",
+    "disabled@example.org",
+    "nobody@example.org",
+)
+NAMES = (*ASKED, "deleted@example.org", "passwordless", "known", "nobody", "\u202e not a name", "n" * 254, "kn\u0131wn")
+ANONYMOUS = {
+    "verification": ("/v1/email-verification", NAMES),
+    "reset": ("/v1/password-reset", NAMES),
+    "registration": ("/v1/users", ASKED),
+}
+
+WRITTEN_TO = {
+    "verification": {"unverified@example.org"},
+    "reset": {"known@example.org", "unverified@example.org", "passwordless@example.org"},
+    "registration": {"known@example.org", "unverified@example.org", "nobody@example.org"},
+}
+
+
+def private(url: str, **changes: Any) -> Settings:
+    """Return the settings under which nobody learns who has an account."""
+    return test_settings(
+        url, registration="private", require_verified_email=True, trusted_proxies=("127.0.0.1",), **changes
+    )
+
+
+async def ask(service: Service, path: str, name: str, number: int = 1) -> httpx2.Response:
+    """Ask for what mails are sent for, from a network of its own."""
+    body = {"email": name}
+    if path == "/v1/users":
+        body |= {"username": f"visitor{number}", "password": "a phrase of a visitor"}
+    return await service.http.post(path, json=body, headers={"x-forwarded-for": f"192.0.2.{number}"})
+
+
+@pytest.mark.case("ACC-04")
+@pytest.mark.parametrize("what", ANONYMOUS)
+async def test_who_asks_for_a_mail_is_answered_with_the_same_bytes(either_url: str, what: str) -> None:
+    """Body and headers, whatever the name stands for, also when its mails are used up; only the mails differ."""
+    path, names = ANONYMOUS[what]
+    async with running(private(either_url)) as service:
+        await the_refused(service)
+        seen = set()
+        for number, name in enumerate((*names, *names, *names, *names), 1):
+            answer = await ask(service, path, name, number)
+            assert answer.status_code == 202, answer.text
+            assert not any(part in answer.text for part in (name, "visitor"))
+            seen.add(seen_by_the_caller(answer))
+        assert len(seen) == 1
+        written_to = {row.recipient for row in await service.execute(select(outbox))}
+        assert written_to == WRITTEN_TO[what]
+
+
+@pytest.mark.case("ACC-04")
+@pytest.mark.case("OPS-27")
+@pytest.mark.parametrize("what", ANONYMOUS)
+async def test_who_asks_for_a_mail_is_answered_no_sooner_than_the_delay(sqlite_url: str, what: str) -> None:
+    """For each kind of name alike, while the mail server cannot be reached."""
+    path, names = ANONYMOUS[what]
+    settings = private(
+        sqlite_url, refusal_delay=DELAY, smtp_host="127.0.0.1", smtp_port=9, mail_from="no-reply@example.org"
+    )
+    async with running(settings) as service:
+        await the_refused(service)
+        took = await asyncio.gather(*(timed(ask(service, path, name, n)) for n, name in enumerate(names, 1)))
+        for name, (seconds, answer) in zip(names, took, strict=True):
+            assert answer.status_code == 202
+            assert seconds >= DELAY, name
+
+
+@pytest.mark.case("ACC-04")
+@pytest.mark.parametrize("what", ["verification", "reset", "registration"])
+async def test_a_mail_that_takes_longer_to_order_is_rounded_up(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """What is done only for a name that exists does not show in the time."""
+    path, _ = ANONYMOUS[what]
+    enqueue = Outbox.enqueue
+
+    async def slowly(*given: Any, **named: Any) -> None:
+        await asyncio.sleep(DELAY * 1.2)
+        await enqueue(*given, **named)
+
+    async with running(private(sqlite_url, refusal_delay=DELAY)) as service:
+        await the_refused(service)
+        monkeypatch.setattr(Outbox, "enqueue", slowly)
+        seconds, answer = await timed(ask(service, path, "unverified@example.org"))
+        assert answer.status_code == 202
+        assert seconds >= 2 * DELAY
+
+
+@pytest.mark.case("ACC-04")
+async def test_what_was_ordered_is_committed_before_the_delay(sqlite_url: str) -> None:
+    """Waiting holds no connection, and who hangs up is sent their mail all the same."""
+    async with running(private(sqlite_url, refusal_delay=5)) as service:
+        await service.a_user("known")
+        waiting = asyncio.create_task(ask(service, "/v1/password-reset", "known"))
+        for _ in range(500):
+            if rows := await service.execute(select(outbox)):
+                break
+            await asyncio.sleep(0.01)
+        assert len(rows) == 1
+        assert not waiting.done()
+        waiting.cancel()
+        await asyncio.wait([waiting])
+
+
+@pytest.mark.case("ACC-05")
+@pytest.mark.parametrize("what", ANONYMOUS)
+async def test_limits_of_a_network_fire_for_every_name_alike(either_url: str, what: str) -> None:
+    """After as many requests, with the same bytes, and with the same time to wait."""
+    path, _ = ANONYMOUS[what]
+    async with running(private(either_url)) as service:
+        await service.a_user("known", verified=False)
+        courses = set()
+        for number, name in enumerate(("known@example.org", "nobody@example.org"), 1):
+            courses.add(tuple([seen_by_the_caller(await ask(service, path, name, number)) for _ in range(33)]))
+        assert len(courses) == 1
+        statuses = [status for status, *_ in courses.pop()]
+        assert statuses == [202] * statuses.count(202) + [429] * statuses.count(429)
+        assert statuses.count(429) > 0
+
+
+@pytest.mark.case("ACC-04")
+@pytest.mark.parametrize("path", ["/verify-email", "/reset-password", "/change-email"])
+async def test_a_link_that_is_not_good_is_answered_with_the_same_bytes(embedded: Service, path: str) -> None:
+    """Never issued, used, outdated, of a disabled account, malformed: on its page and at the API."""
+    tokens = ["", "nonsense", f"{'pr' if path == '/reset-password' else 'ev'}_{'0' * 50}"]
+    what = "password-reset" if path == "/reset-password" else "email-verification"
+    for state in ("used", "outdated", "disabled"):
+        user = await embedded.a_user(state, verified=False)
+        await embedded.http.post(f"/v1/{what}", json={"email": user.email})
+        token = await link(embedded, user.email, "reset_password" if path == "/reset-password" else "verify_email")
+        if state == "used":
+            body = {"token": token} | ({"new_password": "a phrase of a visitor"} if path == "/reset-password" else {})
+            assert (await embedded.http.post(f"/v1/{what}/confirm", json=body)).status_code == 204
+        elif state == "outdated":
+            embedded.clock.advance(86400)
+        else:
+            await embedded.disable(user)
+        tokens.append(token)
+    seen: dict[str, set[Any]] = {"api": set(), "opened": set(), "pressed": set()}
+    for token in tokens:
+        body = {"token": token} | ({"new_password": "a phrase of a visitor"} if path == "/reset-password" else {})
+        seen["api"].add(seen_by_the_caller(await embedded.http.post(f"/v1/{what}/confirm", json=body)))
+        seen["opened"].add(seen_by_the_caller(await embedded.http.get(path, params={"token": token})))
+        seen["pressed"].add(seen_by_the_caller(await embedded.http.post(path, data=body)))
+    assert {name: len(answers) for name, answers in seen.items()} == {"api": 1, "opened": 1, "pressed": 1}
+    assert {answer[0] for answers in seen.values() for answer in answers} == {400}

@@ -11,9 +11,9 @@ import pytest
 from sqlalchemy import update
 
 from identity_service.infra.database import Transaction
+from identity_service.infra.ratelimit.catalogue import TOKEN_GUESSING
 from identity_service.infra.tables import clients, users
 from identity_service.oauth.signing_keys.material import generate
-from identity_service.web.deps import TOKEN_GUESSING
 from tests.support.reading import key_id, refused, unverified_claims
 from tests.support.service import ISSUER, SIBLING, Registered, Service, running, test_settings
 

@@ -1,4 +1,4 @@
-"""What the tests of the verifier are handed: an issuer, a clock, and a verifier that knows both."""
+"""What several of these tests are handed: an operator; for those of the verifier an issuer, a clock, a verifier."""
 
 import time
 from collections.abc import Iterator
@@ -8,6 +8,8 @@ import pytest
 from identity_service.verifier import TokenVerifier
 from tests.support.clock import UnixClock
 from tests.support.issuer import AUDIENCE, Issuer, wait_for_fetches
+from tests.support.operators import Operator, an_operator
+from tests.support.service import Service
 
 
 @pytest.fixture
@@ -28,3 +30,9 @@ def clock() -> UnixClock:
 def verifier(issuer: Issuer, clock: UnixClock) -> TokenVerifier:
     """A verifier that has fetched nothing yet."""
     return TokenVerifier(issuer.url, AUDIENCE, clock=clock)
+
+
+@pytest.fixture
+async def boss(service: Service) -> Operator:
+    """A signed-in operator who holds everything."""
+    return await an_operator(service)

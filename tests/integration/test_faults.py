@@ -8,6 +8,7 @@ import uvicorn
 from sqlalchemy import Integer, func, select, text
 
 from identity_service.infra.database import Database, DatabaseUnavailable
+from identity_service.web.edge import PROTECTION
 from identity_service.web.protocol import BoundedProtocol
 from tests.support.service import Service
 
@@ -78,10 +79,14 @@ async def _answer_to(begin: bytes) -> bytes:
 
 
 @pytest.mark.case("INP-09")
+@pytest.mark.case("INP-23")
 @pytest.mark.parametrize(
     "begin", [b"", b"GET /healthz HTTP/1.1\r\nHost: a\r\nX-Slow: "], ids=["nothing", "half a head"]
 )
 async def test_a_head_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, begin: bytes) -> None:
-    """408, and the connection is closed."""
+    """408, with the headers that every answer has, and the connection is closed."""
     monkeypatch.setattr(BoundedProtocol, "head_deadline", 0.1)
-    assert (await _answer_to(begin)).startswith(b"HTTP/1.1 408 ")
+    answer = await _answer_to(begin)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    for name, value in PROTECTION:
+        assert b"\r\n" + name + b": " + value + b"\r\n" in answer

@@ -22,6 +22,7 @@ from sqlalchemy import func, insert, select, update
 from sqlalchemy.engine import make_url
 
 from identity_service.infra import telemetry
+from identity_service.infra.data_keys import PURPOSES
 from identity_service.infra.database import Transaction
 from identity_service.infra.migrate import migrate
 from identity_service.infra.runtime.envelope import MasterKeyError, MasterKeys, new_master_key
@@ -217,7 +218,7 @@ async def test_replicas_that_start_together_on_an_empty_database_agree_on_their_
         await asyncio.gather(*loading)
         check_schedule(await states(found[0]))
         assert await count(found[0], signing_keys) == 2
-        assert await count(found[0], data_keys) == 3
+        assert await count(found[0], data_keys) == len(PURPOSES)
         for services in found:
             await step_keys(services)
         assert len({services.signing_keys.jwks().body for services in found}) == 1
@@ -695,7 +696,7 @@ async def test_swapped_data_keys_are_refused(replicas: Start) -> None:
     await _swap(first, data_keys, data_keys.c.purpose)
     with pytest.raises(MasterKeyError, match="altered or swapped"):
         await replicas()
-    assert await count(first, data_keys) == 3
+    assert await count(first, data_keys) == len(PURPOSES)
 
 
 @pytest.mark.case("JWT-24")
@@ -746,7 +747,7 @@ async def test_another_master_key_makes_nothing_even_where_something_is_missing(
     await write(first, data_keys.delete().where(data_keys.c.purpose == "names"))
     with pytest.raises(MasterKeyError):
         await replicas(master_key=new_master_key())
-    assert await count(first, data_keys) == 2
+    assert await count(first, data_keys) == len(PURPOSES) - 1
 
 
 @pytest.mark.case("JWT-25")
@@ -835,7 +836,7 @@ async def test_changing_the_master_key_ends_no_session_at_any_step(keyless_url: 
     await still_good(f"{new}\n{old}")
     with pytest.raises(MasterKeyError, match=f"master key {key_id(old)} is wanted"):
         await still_good(new)
-    assert await rewrap(f"{new}\n{old}") == (3, 3)
+    assert await rewrap(f"{new}\n{old}") == (len(PURPOSES), 3)
     assert await rewrap(f"{new}\n{old}") == (0, 0)
     await still_good(f"{new}\n{old}")
     await still_good(f"{old}\n{new}")
@@ -885,7 +886,7 @@ async def test_a_row_that_cannot_be_unwrapped_stops_the_rewrapping_of_all(replic
         await both.db.run(both.data_keys.rewrap)
     async with first.db.transaction() as tx:
         found: Sequence[str] = (await tx.execute(select(data_keys.c.kek_id))).scalars().all()
-    assert Counter(found) == {key_id(MASTER_KEY): 3, "0123456789ab": 1}
+    assert Counter(found) == {key_id(MASTER_KEY): len(PURPOSES), "0123456789ab": 1}
 
 
 async def test_a_newer_data_key_signs_and_the_older_ones_are_still_known(replicas: Start) -> None:

@@ -16,6 +16,7 @@ from identity_service.infra.database import Transaction
 from identity_service.infra.runtime import Clock, Secret
 from identity_service.infra.tables import audit_events, refresh_families, users
 from identity_service.main import Services, create_app, load_keys
+from identity_service.main.jobs import leased_jobs
 from identity_service.settings import Settings
 from tests.support.clock import FrozenClock
 
@@ -25,6 +26,7 @@ ISSUER = "http://127.0.0.1:8000"
 SIBLING = "https://orders.example"
 MASTER_KEY = base64.b64encode(bytes(range(32))).decode()
 PASSWORD = "correct horse battery staple"
+BOOTSTRAP_SECRET = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
 def test_settings(database_url: str, **changes: Any) -> Settings:
@@ -40,6 +42,8 @@ def test_settings(database_url: str, **changes: Any) -> Settings:
         "access_log": False,
         "database_pool_size": 8,
     }
+    if changes.get("registration") == "private":
+        values["require_verified_email"] = True  # the one does not go without the other
     return Settings(**{**values, **changes})
 
 
@@ -185,6 +189,11 @@ class Service:
         """`GET /v1/users/me`."""
         return await self.http.get("/v1/users/me", headers={"authorization": f"Bearer {access_token}"})
 
+    async def run_job(self, name: str) -> None:
+        """Do what one replica does for all, now, whether it is due or not."""
+        [job] = [job for job in leased_jobs(self.services) if job.name == name]
+        await job.step()
+
     # -- looking --------------------------------------------------------------------------------------------------
 
     async def events(self, event: str) -> Sequence[Any]:
@@ -220,10 +229,11 @@ async def running(settings: Settings, clock: Clock | None = None, *, peer: str =
     """
     Run the service in this process, without a socket.
 
-    The background jobs run as in production; a test that stops the clock drives the key schedule by itself.
+    The jobs of each replica run as in production; a test that stops the clock drives the key schedule by itself, and
+    what one replica does for all, mails and cleaning up, with `run_job`.
     """
     clock = clock or FrozenClock()
-    app = create_app(settings, clock=clock)
+    app = create_app(settings, clock=clock, leased_jobs=False)
     transport = httpx2.ASGITransport(app=app, raise_app_exceptions=False, client=(peer, 50000))
     async with (
         app.router.lifespan_context(app),

@@ -4,11 +4,16 @@ import re
 from pathlib import Path
 
 from identity_service.cli import app
+from identity_service.infra.ratelimit.catalogue import catalogue
+from identity_service.main import create_app
 from identity_service.settings import Settings
+from identity_service.web.documented import routes_of, rule_of
 from tests.support.matrix import PAGE, in_order, marks_in, proofs_on
+from tests.support.service import BOOTSTRAP_SECRET, test_settings
 
 _ROOT = Path(__file__).parents[2]
 _README = (_ROOT / "README.md").read_text("utf-8")
+_API = (_ROOT / "docs" / "api.md").read_text("utf-8")
 
 
 def test_the_readme_lists_every_setting_and_no_other() -> None:
@@ -25,6 +30,38 @@ def test_the_readme_names_every_command() -> None:
         row = next((line for line in _README.splitlines() if line.startswith(f"| `{group.name} ")), "")
         missing = {name for name in names if name not in row}
         assert not missing, f"{group.name}: {missing}"
+
+
+def test_the_api_page_lists_every_route_with_its_scope(tmp_path: Path) -> None:
+    """With everything switched on; a page that lists less hides something, one that lists more promises it."""
+    everything = test_settings(
+        f"sqlite+aiosqlite:///{tmp_path / 'x.db'}",
+        registration="open",
+        bootstrap_secret=BOOTSTRAP_SECRET,
+    )
+    app = create_app(everything)
+    app.state.services.hasher.close()
+    offered = {
+        (f"{method} {route.path}", rule_of(route).scope or "anybody")
+        for route in routes_of(app.routes)
+        for method in route.methods or ()
+        if route.include_in_schema
+    }
+    assert set(re.findall(r"^\| `([A-Z]+ /v1/[^`]+)` \| `?([a-z:]+)`? \|", _API, re.M)) == offered
+
+
+def test_the_api_page_lists_every_limit_with_its_numbers() -> None:
+    """What is let through at once, and the interval at which plain limits go on."""
+    listed = {
+        name: (int(burst), rest)
+        for name, burst, rest in re.findall(r"^\| `([a-z_.]+)` \| [^|]+ \| (\d+) \| ([^|]+) \|", _API, re.M)
+    }
+    defaults = Settings.model_fields
+    rules = catalogue(client_rate=defaults["client_rate"].default, api_key_rate=defaults["api_key_rate"].default)
+    assert {name: burst for name, (burst, _) in listed.items()} == {name: rule.burst for name, rule in rules.items()}
+    for name, rule in rules.items():
+        first = rule.interval if rule.growth == 1 else rule.interval * rule.growth
+        assert listed[name][1].startswith(f"{first:g} s"), name
 
 
 def test_the_pages_that_the_readme_links_to_exist() -> None:

@@ -1,0 +1,49 @@
+"""
+The first operator: made with a secret that whoever installs the service chose, and that works once.
+
+A fresh installation has no credentials at all (ASVS 6.3.2). What was used is remembered for ever, by its digest: not in
+the user it made, who may be deleted, and not in the process, which may be restarted with the same secret.
+"""
+
+import hashlib
+import hmac
+from typing import Final, final
+
+from sqlalchemy import select
+from sqlalchemy.dialects import postgresql, sqlite
+
+from identity_service.infra.database import Transaction
+from identity_service.infra.runtime import Clock, Secret
+from identity_service.infra.tables import spent_bootstrap_secrets
+
+
+@final
+class Bootstrap:
+    """Knows the secret of this installation, and whether it was used."""
+
+    LOCK: Final = "administrators"
+    """Held while the first operator is made: whoever makes or removes operators holds it, too."""
+
+    def __init__(self, clock: Clock, secret: Secret) -> None:
+        self._clock = clock
+        self._digest = _digest(secret)
+
+    def proves(self, presented: Secret) -> bool:
+        """Return whether a secret is ours, in a time that does not depend on it; asks no database."""
+        return hmac.compare_digest(self._digest, _digest(presented))
+
+    async def spent(self, tx: Transaction) -> bool:
+        """Return whether the secret was used."""
+        used = select(spent_bootstrap_secrets.c.digest).where(spent_bootstrap_secrets.c.digest == self._digest)
+        return (await tx.execute(used)).first() is not None
+
+    async def spend(self, tx: Transaction) -> bool:
+        """Use the secret up, once and for all; return False if it was used before, or is being used right now."""
+        dialect = sqlite if tx.on_sqlite else postgresql
+        entry = dialect.insert(spent_bootstrap_secrets).values(digest=self._digest, spent_at=self._clock.now())
+        noted = await tx.execute(entry.on_conflict_do_nothing().returning(spent_bootstrap_secrets.c.digest))
+        return noted.first() is not None
+
+
+def _digest(secret: Secret) -> bytes:
+    return hashlib.sha256(secret.reveal().encode("utf-8", "surrogatepass")).digest()

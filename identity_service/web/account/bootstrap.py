@@ -1,0 +1,86 @@
+"""Making the first operator of a fresh installation."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+from pydantic import SecretStr
+
+from identity_service.accounts.access import SUPER_ADMIN
+from identity_service.accounts.bootstrap import Bootstrap
+from identity_service.accounts.password_policy import PasswordRefused
+from identity_service.accounts.users import InvalidUser, NameTaken, User
+from identity_service.infra.database import Transaction
+from identity_service.infra.ratelimit.catalogue import BOOTSTRAP
+from identity_service.infra.runtime import Secret
+from identity_service.web.account.parts import AccountParts, Text, account_routes
+from identity_service.web.account.profile import Profile, invalid
+from identity_service.web.callers import Visitor
+from identity_service.web.deps import FailureBudget
+from identity_service.web.documented import problems
+from identity_service.web.problems import Conflict, Fault, Forbidden, Invalid, NotFound
+from identity_service.web.strict import StrictModel
+
+
+class FirstOperator(StrictModel):
+    """The secret of the installation, and who is to be its first operator."""
+
+    secret: SecretStr
+    username: Text
+    email: Text
+    password: SecretStr
+
+
+def bootstrap_router(parts: AccountParts, bootstrap: Bootstrap) -> APIRouter:
+    """Return `POST /v1/bootstrap`."""
+    router = account_routes("/v1", tag="bootstrap")
+    Visiting = Annotated[Visitor, Depends(parts.callers.anybody())]  # noqa: N806  # a type
+    guesses = FailureBudget(parts.limiter, parts.clock, BOOTSTRAP)
+
+    async def check_unused(tx: Transaction) -> None:
+        if await bootstrap.spent(tx):
+            raise NotFound
+        if await parts.users.enabled_super_admins(tx):
+            raise Conflict("There is somebody already who can do everything.")
+
+    @router.post("/bootstrap", status_code=201, responses=problems(404, 409))
+    async def make_first_operator(visitor: Visiting, body: FirstOperator) -> Profile:
+        """Make the first operator. The secret works once, for ever."""
+        who = ("bootstrap", visitor.origin.network)
+        guesses.check(who)
+        if not bootstrap.proves(Secret(body.secret.get_secret_value())):
+            await guesses.book(who, f"n:{visitor.origin.network}")
+            raise Forbidden("The secret is wrong.")
+        await visitor.run(check_unused)
+        password = Secret(body.password.get_secret_value())
+        try:
+            parts.users.check_names(body.username, body.email)
+            hashed = await parts.users.prepare_password(password, names=(body.username, body.email))
+        except InvalidUser as error:
+            raise invalid(error) from None
+        except PasswordRefused as refused:
+            raise Invalid(Fault("/password", str(refused))) from None
+
+        async def make(tx: Transaction) -> User:
+            await tx.lock(Bootstrap.LOCK)
+            await check_unused(tx)
+            if not await bootstrap.spend(tx):
+                raise NotFound
+            try:
+                operator = await parts.users.create(
+                    tx,
+                    username=body.username,
+                    email=body.email,
+                    role=SUPER_ADMIN,
+                    password_hash=hashed,
+                    verified=True,
+                )
+            except NameTaken:
+                raise Conflict("The username or the address is taken.") from None
+            await parts.audit.record(
+                tx, "bootstrap.spent", origin=visitor.origin, actor="bootstrap", target=str(operator.id)
+            )
+            return operator
+
+        return Profile.of(await visitor.run(make))
+
+    return router

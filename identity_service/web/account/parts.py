@@ -1,0 +1,157 @@
+"""What the person's API is made of, and the few words that all of its routes use."""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import structlog
+from fastapi import APIRouter, Depends, Response
+from pydantic import BaseModel, StringConstraints
+
+from identity_service.accounts.access import Access
+from identity_service.accounts.api_keys import ApiKeys
+from identity_service.accounts.bootstrap import Bootstrap
+from identity_service.accounts.email_flows import EmailTokens
+from identity_service.accounts.password_policy import PasswordPolicy
+from identity_service.accounts.recovery import Recovery
+from identity_service.accounts.refresh_families import RefreshFamilies
+from identity_service.accounts.registration import Registration
+from identity_service.accounts.throttle import SignInThrottle
+from identity_service.accounts.users import User, Users
+from identity_service.infra.audit import AuditTrail
+from identity_service.infra.data_keys import DataKeys
+from identity_service.infra.database import DatabaseUnavailable, Transaction
+from identity_service.infra.outbox import MailQueueFull, Outbox
+from identity_service.infra.ratelimit import Limited, Limiter, Spend
+from identity_service.infra.runtime import Clock
+from identity_service.infra.runtime.hashing import HashingBusy
+from identity_service.oauth.errors import TooManyRequests
+from identity_service.web.callers import Caller, Callers
+from identity_service.web.deps import Unauthenticated
+from identity_service.web.paging import Cursors
+from identity_service.web.problems import Forbidden
+from identity_service.web.strict import StrictRoute
+
+log = structlog.get_logger(__name__)
+
+Text = Annotated[str, StringConstraints(max_length=254)]
+"""A text that somebody typed, to be checked by who knows what it must be."""
+
+
+class Accepted(BaseModel):
+    """What is answered whatever was found: the rest comes by mail."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Mail:
+    """What sends links by mail, and does what they are for."""
+
+    outbox: Outbox
+    tokens: EmailTokens
+    recovery: Recovery
+
+
+@dataclass(frozen=True, slots=True)
+class AccountParts:
+    """
+    The objects behind the person's API and the pages of mailed links.
+
+    `mail` is None where no mail can be sent, and `bootstrap` where no secret is configured: what needs them is not
+    there at all then. `refusal_delay` is in seconds.
+    """
+
+    callers: Callers
+    users: Users
+    policy: PasswordPolicy
+    families: RefreshFamilies
+    access: Access
+    api_keys: ApiKeys
+    throttle: SignInThrottle
+    limiter: Limiter
+    audit: AuditTrail
+    data_keys: DataKeys
+    cursors: Cursors
+    clock: Clock
+    registration: Registration
+    mail: Mail | None
+    bootstrap: Bootstrap | None
+    refusal_delay: float
+    service_name: str
+
+    async def notify(
+        self, tx: Transaction, template: str, user: User, context: Mapping[str, Any] | None = None
+    ) -> None:
+        """
+        Order a notice to a user's proven address, where mail can be sent at all.
+
+        To no other: an address that somebody only claimed is a stranger's, whom they could have us write to. When the
+        queue is full the act goes on without its notice, or whoever fills it could keep others from acting.
+        """
+        if self.mail is None or user.email_verified_at is None:
+            return
+        try:
+            await self.mail.outbox.enqueue(tx, template=template, recipient=user.email, context=context or {})
+        except MailQueueFull:
+            log.warning("mail.not_ordered", template=template)
+
+    async def end_links(self, tx: Transaction, user: User) -> None:
+        """End every link that was mailed to a user."""
+        if self.mail is not None:
+            await self.mail.tokens.revoke_all(tx, user.id)
+
+    async def record(
+        self, tx: Transaction, caller: Caller, event: str, target: str, detail: dict[str, Any] | None = None
+    ) -> None:
+        """Note what a caller did to something of theirs."""
+        await self.audit.record(
+            tx,
+            event,
+            origin=caller.origin,
+            actor=caller.actor,
+            target=target,
+            client_id=caller.client_id,
+            detail=detail,
+        )
+
+
+def person_of(caller: Caller) -> User:
+    """Return the person who calls, by themselves or with a key of theirs; raises Unauthenticated."""
+    if caller.user is None:
+        raise Unauthenticated("invalid_token", reason="not_a_person")
+    return caller.user
+
+
+def signed_in(caller: Caller) -> User:
+    """Return the person who calls from a session of their own; raises Forbidden for a key, which must not take over."""
+    if caller.session_id is None:
+        raise Forbidden("This needs a session, not an API key.")
+    return person_of(caller)
+
+
+async def spend(limiter: Limiter, spends: Sequence[Spend]) -> None:
+    """Spend from limits; raises TooManyRequests, and then nothing was spent."""
+    verdict = await limiter.spend(spends)
+    if isinstance(verdict, Limited):
+        raise TooManyRequests(limit=verdict.rule, retry_after=verdict.retry_after)
+
+
+@asynccontextmanager
+async def given_back(limiter: Limiter, spends: Sequence[Spend]) -> AsyncIterator[None]:
+    """Give spends back when something behind us could not answer: who has to come again must not be held up for it."""
+    try:
+        yield
+    except (DatabaseUnavailable, HashingBusy, MailQueueFull):
+        await limiter.settle(refund=spends)
+        raise
+
+
+def account_routes(prefix: str, *, tag: str = "account") -> APIRouter:
+    """Return a router for strict routes whose answers nobody may keep: they are about a person."""
+    return APIRouter(prefix=prefix, tags=[tag], route_class=StrictRoute, dependencies=[Depends(_no_store)])
+
+
+def _no_store(response: Response) -> None:
+    response.headers["cache-control"] = "no-store"

@@ -1,0 +1,101 @@
+"""The operators' API about signing keys: the same acts as the commands', with the same words."""
+
+from datetime import datetime
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Path
+from pydantic import BaseModel
+
+from identity_service.infra.database import Transaction
+from identity_service.oauth.signing_keys import Actor, KeyActs, KeyRecord, KeyState, NoUsableKey, SigningKeys
+from identity_service.web.callers import Caller, Callers, Entry
+from identity_service.web.documented import problems
+from identity_service.web.problems import Conflict, NotFound
+from identity_service.web.strict import StrictRoute
+
+Kid = Annotated[str, Path(max_length=64)]
+
+
+class SigningKeyShown(BaseModel):
+    """A signing key's life: what state it is in, and every instant that is settled."""
+
+    kid: str
+    state: str
+    published_at: datetime
+    activates_at: datetime
+    retires_at: datetime | None
+    removed_at: datetime | None
+    compromised_at: datetime | None
+
+    @classmethod
+    def of(cls, record: KeyRecord, state: KeyState) -> "SigningKeyShown":
+        """Return what is shown of a key."""
+        return cls(
+            kid=record.kid,
+            state=state.value,
+            published_at=record.published_at,
+            activates_at=record.activates_at,
+            retires_at=record.retires_at,
+            removed_at=record.removed_at,
+            compromised_at=record.compromised_at,
+        )
+
+
+def signing_keys_router(callers: Callers, keys: SigningKeys, acts: KeyActs) -> APIRouter:
+    """Return the routes under `/v1/admin/signing-keys`."""
+    router = APIRouter(prefix="/v1/admin/signing-keys", tags=["signing keys"], route_class=StrictRoute)
+    Reading = Annotated[Entry, Depends(callers.needs("keys:read"))]  # noqa: N806  # a type
+    Writing = Annotated[Entry, Depends(callers.needs("keys:write"))]  # noqa: N806  # a type
+
+    async def schedule(tx: Transaction) -> list[SigningKeyShown]:
+        return [SigningKeyShown.of(record, state) for record, state in await keys.describe(tx)]
+
+    def actor(caller: Caller) -> Actor:
+        return Actor(caller.actor, caller.origin, caller.client_id)
+
+    @router.get("", responses=problems())
+    async def list_keys(entry: Reading) -> list[SigningKeyShown]:
+        """List the signing keys with their states and instants."""
+        return await entry.run(lambda tx, _: schedule(tx))
+
+    @router.post("/rotate", responses=problems(409))
+    async def rotate(entry: Writing) -> SigningKeyShown:
+        """Let the waiting key sign as early as is safe; `activates_at` says when that is."""
+
+        async def work(tx: Transaction, caller: Caller) -> SigningKeyShown:
+            try:
+                chosen = await acts.bring_forward(tx, actor(caller))
+            except NoUsableKey:
+                raise Conflict("No key is waiting; one is made within seconds.") from None
+            return SigningKeyShown.of(chosen, KeyState.NEXT)
+
+        return await entry.run(work)
+
+    @router.post("/{kid}/compromise", responses=problems(404, 409))
+    async def compromise(entry: Writing, kid: Kid) -> list[SigningKeyShown]:
+        """
+        Take a key out of the JWKS of every replica within seconds; the published next key takes over at once.
+
+        To give up every published key at once there is only the command: siblings that cache the JWKS then refuse
+        tokens for up to 15 minutes.
+        """
+        # Made before any lock is taken, and only for who may: making a key takes up to a second.
+        await entry.run(lambda tx, _: _find(tx, kid))
+        spare = await keys.generate(2)
+
+        async def work(tx: Transaction, caller: Caller) -> list[SigningKeyShown]:
+            state = await _find(tx, kid)
+            if state in (KeyState.COMPROMISED, KeyState.RETIRED):
+                raise Conflict("The key is out of use already.")
+            await acts.compromise(tx, [kid], spare, actor(caller))
+            return await schedule(tx)
+
+        return await entry.run(work)
+
+    async def _find(tx: Transaction, kid: str) -> KeyState:
+        states = {record.kid: state for record, state in await keys.describe(tx)}
+        if kid not in states:
+            raise NotFound
+        return states[kid]
+
+    return router
