@@ -43,8 +43,8 @@ class Plan:
     """
     One operation's load: a connection for each call, and what makes an answer right.
 
-    An answer is right when its status is `status` and its body contains `marker`. `carry` names the JSON string member
-    of the answer that becomes the `carried` part of the next request; empty: every request is the same.
+    An answer is right when its status is `status` (0: any) and its body contains `marker`. `carry` names the JSON
+    string member of the answer that becomes the `carried` part of the next request; empty: every request is the same.
     """
 
     port: int
@@ -76,7 +76,7 @@ class Connection(asyncio.Protocol):
     """One keep-alive connection that sends its next request the moment the answer to the last one has come."""
 
     def __init__(self, plan: Plan, call: Call) -> None:
-        self._status = str(plan.status).encode()
+        self._status = str(plan.status).encode() if plan.status else b""
         self._marker = plan.marker.encode()
         self._carry = f'"{plan.carry}":'.encode() if plan.carry else b""
         self._head, self._body = call.head.encode(), call.body.encode()
@@ -121,7 +121,7 @@ class Connection(asyncio.Protocol):
             return
         self._partial = b""
         now = time.perf_counter_ns()
-        if length < 0 or data[9:12] != self._status or data.find(self._marker, end) < 0:
+        if length < 0 or not data.startswith(self._status, 9) or data.find(self._marker, end) < 0:
             self._give_up(data[:600].decode("latin-1"))
             return
         if self._carry:

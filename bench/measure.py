@@ -1,11 +1,14 @@
 """Put load on the service and read what it cost."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Self
@@ -108,7 +111,7 @@ def measure(operation: Operation, service: Service, *, runs: int, seconds: float
     """Prepare the operation, warm up for up to 2 s, then make `runs` runs of `seconds` each; stop at a wrong answer."""
     plan = operation.plan(service)
     samples: list[Sample] = []
-    with Load(plan, service.cores.load) as load:
+    with Load(plan, service.cores.load) as load, _others(operation, service):
         warm_up = load.run(min(seconds, WARM_UP_SECONDS))
         if warm_up.wrong:
             service.check_running()
@@ -129,6 +132,28 @@ def measure(operation: Operation, service: Service, *, runs: int, seconds: float
         service.check_running()
         memory = machine.pss_bytes(service.pid)
     return Result(operation.name, operation.connections, tuple(samples), memory)
+
+
+@contextlib.contextmanager
+def _others(operation: Operation, service: Service) -> Iterator[None]:
+    """Keep up, from a process of its own, the load of those who ask for something else meanwhile."""
+    if operation.beside is None:
+        yield
+        return
+    with Load(operation.beside.plan(service), service.cores.load) as load:
+        over = threading.Event()
+
+        def keep_up() -> None:
+            while not over.is_set():
+                load.run(1.0)
+
+        thread = threading.Thread(target=keep_up)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
 
 def generator_ceiling(cores: machine.Cores, seconds: float = 1.0) -> float:

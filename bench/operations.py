@@ -14,8 +14,9 @@ class Operation:
     """
     One thing that the service does for a caller.
 
-    `prepare` makes one call for each of the `connections`, outside the measured time. A right answer is 200 and
-    contains `marker`; `carry` names the member of the answer that the next request on the same connection needs.
+    `prepare` makes one call for each of the `connections`, outside the measured time. A right answer has the `status`
+    (0: any) and contains `marker`; `carry` names the member of the answer that the next request on the same connection
+    needs. `beside` is what others ask for meanwhile, as much as they can.
     """
 
     name: str
@@ -23,11 +24,13 @@ class Operation:
     marker: str
     carry: str = ""
     connections: int = 16
+    status: int = 200
+    beside: "Operation | None" = None
 
     def plan(self, service: Service) -> Plan:
         """Prepare the operation on a running service and return the load to put on it."""
         calls = tuple(self.prepare(service, self.connections))
-        return Plan(port=service.port, calls=calls, marker=self.marker, carry=self.carry)
+        return Plan(port=service.port, calls=calls, marker=self.marker, status=self.status, carry=self.carry)
 
 
 def _client_credentials(service: Service, connections: int) -> list[Call]:
@@ -66,12 +69,41 @@ def _introspect(service: Service, connections: int) -> list[Call]:
     ]
 
 
+def _token_exchange(service: Service, connections: int) -> list[Call]:
+    """Exchange API keys of a service, another one on each connection."""
+    return [service.exchange_call(key) for key in service.create_api_keys(connections)]
+
+
+def _sign_ins(service: Service, connections: int) -> list[Call]:
+    """Sign more people in than the hashing pool can take."""
+    return [service.sign_in_call(person) for person in service.import_people(connections)]
+
+
+def _user_search(service: Service, connections: int) -> list[Call]:
+    """Search a million users by the beginnings of names, of one letter and of more, and by role and state."""
+    service.seed_users(MANY_USERS)
+    token = service.operator_token()
+    wanted = ("q=a", "q=m", "q=user0", "q=ab1", "q=f00d", "q=c@", "role=moderator", "state=disabled", "", "q=9z9")
+    return [
+        bearer_call(f"/v1/admin/users?limit=50&{wanted[number % len(wanted)]}", token) for number in range(connections)
+    ]
+
+
+MANY_USERS = 1_000_000
+# The pool computes two hashes and lets 64 wait, each for two seconds: this many keep it full and beg for more.
+SATURATION = Operation("sign-ins", _sign_ins, marker="", status=0, connections=40)
+
 OPERATIONS = (
     Operation("client_credentials", _client_credentials, '"access_token"'),
     Operation("refresh_token", _refresh_token, '"access_token"', carry="refresh_token"),
     Operation("jwks", _jwks, '"keys"'),
     Operation("introspect", _introspect, '"active":true'),
+    Operation("token_exchange", _token_exchange, '"access_token"'),
     Operation("users_me", _users_me, "bench-reader"),
     # Argon2 runs in a bounded pool that refuses when its queue is full, so the load stays below it.
     Operation("password", _password, '"access_token"', connections=4),
+    Operation("refresh beside sign-ins", _refresh_token, '"access_token"', carry="refresh_token", beside=SATURATION),
+    Operation("jwks beside sign-ins", _jwks, '"keys"', connections=4, beside=SATURATION),
+    # The last one, because it fills the database.
+    Operation("user_search", _user_search, '"items"', connections=4),
 )

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import argon2
 import psycopg
 
 import identity_service
@@ -28,6 +29,18 @@ ISSUER = "https://id.example"
 COMMAND = (str(Path(sys.executable).with_name("identity-service")),)
 START_PATIENCE_SECONDS = 30.0
 POLL_SECONDS = 0.002
+
+
+# Names of hexadecimal letters in no order; few moderators, few who are disabled.
+_SEED = """
+    INSERT INTO users (id, username, email, email_canonical, email_verified_at, password_form, role, enabled, epoch,
+                       created_at, updated_at)
+    SELECT gen_random_uuid(), n, n || '@example.com', n || '@example.com', now(), 1,
+           CASE WHEN i % 5000 = 0 THEN 'moderator' ELSE 'user' END, i % 1000 <> 0, 0, now(), now()
+    FROM (SELECT i, CASE WHEN i % 2 = 0 THEN md5(i::text) ELSE 'user' || lpad(i::text, 8, '0') END AS n
+          FROM generate_series(1, %(number)s) AS i) AS seeded
+    ON CONFLICT DO NOTHING
+"""
 
 
 class BenchError(Exception):
@@ -74,14 +87,25 @@ class Service:
             "IDENTITY_ALLOWED_HOSTS": '["127.0.0.1"]',
             "IDENTITY_DATABASE_URL": database_url,
             "IDENTITY_MASTER_KEY": base64.b64encode(secrets.token_bytes(32)).decode(),
+            # One client and one network stand for thousands here.
+            "IDENTITY_CLIENT_RATE": "1000000",
+            "IDENTITY_API_KEY_RATE": "1000000",
         }
         # As an installation is: compiled, whatever this shell's environment says about writing it down.
         compileall.compile_dir(Path(identity_service.__file__).parent, quiet=1)
         self._command("migrate")
         self.client = Machine(**self._create_client("bench-machine", "--grant", "client_credentials"))
         self.resource_server = Machine(**self._create_client("bench-resource-server", "--introspect", ISSUER))
+        self.exchanger = Machine(
+            **self._create_client(
+                "bench-exchanger", "--grant", "token_exchange", "--exchange-audience", "https://orders.example"
+            )
+        )
+        self._database_url = database_url
+        self._operator: Person | None = None
         self.app: str = self._create_client(
-            "bench-app", "--public", "--first-party", "--grant", "password", "--grant", "refresh_token"
+            *("bench-app", "--public", "--first-party", "--grant", "password", "--grant", "refresh_token"),
+            *("--scope", "users:read", "--scope", "clients:write"),
         )["client_id"]
 
     def __enter__(self) -> Self:
@@ -103,15 +127,64 @@ class Service:
         """The process id of PostgreSQL's first process, the parent of all its others."""
         return self._postmaster
 
-    def create_user(self, username: str) -> Person:
+    def create_user(self, username: str, *, role: str = "user") -> Person:
         """Create an enabled user with a random password."""
         person = Person(username, secrets.token_urlsafe(24))
         self._command(
-            *("users", "create", username, "--email", f"{username}@example.com", "--role", "user"),
+            *("users", "create", username, "--email", f"{username}@example.com", "--role", role),
             *("--password-stdin", "--json"),
             stdin=person.password,
         )
         return person
+
+    def import_people(self, number: int) -> list[Person]:
+        """Create enabled users at once, all with one random password."""
+        password = secrets.token_urlsafe(24)
+        hashed = argon2.PasswordHasher(time_cost=2, memory_cost=19456, parallelism=1).hash(password)
+        group = secrets.token_hex(3)
+        people = [Person(f"bench-{group}-{one}", password) for one in range(number)]
+        lines = [
+            {"username": one.username, "email": f"{one.username}@example.com", "password_hash": hashed}
+            for one in people
+        ]
+        with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+            file.flush()
+            self._command("users", "import", file.name)
+        return people
+
+    def seed_users(self, number: int) -> None:
+        """Put users into the database, by its own means: a million in a minute."""
+        with psycopg.connect(self._database_url.replace("+psycopg", "", 1), autocommit=True) as connection:
+            connection.execute(_SEED, {"number": number})
+            connection.execute("ANALYZE users")
+
+    def operator_token(self) -> str:
+        """Return an access token of somebody who may do everything."""
+        if self._operator is None:
+            self._operator = self.create_user("bench-operator", role="super_admin")
+        return self.ask(self.sign_in_call(self._operator), "access_token")
+
+    def create_api_keys(self, number: int) -> list[str]:
+        """Create API keys of the confidential client that asks for tokens."""
+        head = "\r\n".join(
+            (
+                f"POST /v1/admin/clients/{self.client.client_id}/api-keys HTTP/1.1",
+                "Host: 127.0.0.1",
+                "Content-Type: application/json",
+                f"Authorization: Bearer {self.operator_token()}",
+            )
+        )
+        bodies = [json.dumps({"name": f"key {one}", "scope": ["account:read"]}) for one in range(number)]
+        return [self.ask(Call(head, body), "key", status=201) for body in bodies]
+
+    def exchange_call(self, key: str) -> Call:
+        """Exchange an API key for an access token, as a sibling service does (RFC 8693 §2.1)."""
+        fields = (
+            "grant_type=urn:ietf:params:oauth:grant-type:token-exchange"
+            "&subject_token_type=urn:identity-service:params:oauth:token-type:api-key&subject_token=" + key
+        )
+        return Call(_form_head("/token", _basic(self.exchanger)), fields)
 
     def start(self) -> float:
         """Start the worker and return the seconds from the start of its process to the first token it issued."""
@@ -176,7 +249,7 @@ class Service:
         fields = f"grant_type=refresh_token&client_id={self.app}&refresh_token="
         return Call(_form_head("/token"), fields, refresh_token)
 
-    def ask(self, call: Call, member: str) -> str:
+    def ask(self, call: Call, member: str, *, status: int = 200) -> str:
         """Send one request on a connection of its own and return a string member of the JSON answer."""
         request_line, *headers = call.head.split("\r\n")
         method, path, _ = request_line.split(" ")
@@ -185,7 +258,7 @@ class Service:
             connection.request(method, path, call.body + call.carried, dict(line.split(": ", 1) for line in headers))
             response = connection.getresponse()
             body = response.read()
-        if response.status != 200:
+        if response.status != status:
             raise BenchError(f"{method} {path} answered {response.status}: {body[:300].decode(errors='replace')}")
         value = json.loads(body).get(member)
         if not isinstance(value, str):
