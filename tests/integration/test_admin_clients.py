@@ -199,6 +199,16 @@ async def test_the_list_comes_in_pages_and_a_cursor_is_for_this_list_only(boss: 
             assert (await boss("GET", f"/clients?{bad}")).status_code == 422, bad
 
 
+async def test_a_parameter_that_is_misspelt_is_refused_and_not_ignored(boss: Operator) -> None:
+    """A filter that nobody heeds lists everything; an option that nobody heeds may end what it was to spare."""
+    answer = await boss("GET", "/users?qq=ada")
+    assert answer.status_code == 422
+    assert "limit, q, role, state" in answer.json()["errors"][0]["detail"]
+    spare = await boss.service.http.delete("/v1/users/me/sessions?exceptcurrent=true", headers=boss.headers)
+    assert spare.status_code == 422
+    assert (await boss("GET", "/clients")).status_code == 200
+
+
 async def test_what_does_not_exist_is_not_found_whatever_its_name(boss: Operator) -> None:
     """Malformed and unknown ids look alike."""
     for client_id in ("nothing", "cl_0000000000000000000000", "%00", "cl_%F0%9F%98%80", "{}"):
