@@ -181,6 +181,7 @@ def _routers(services: Services) -> list[APIRouter]:
         policy=services.password_policy,
         families=services.families,
         access=services.access,
+        clients=services.clients,
         api_keys=services.api_keys,
         throttle=services.throttle,
         limiter=services.limiter,

@@ -12,7 +12,7 @@ from identity_service.infra.runtime.hashing import PasswordHasher
 from identity_service.infra.tables import audit_events, spent_bootstrap_secrets, users
 from tests.support.people import an_app
 from tests.support.races import blocked, held
-from tests.support.service import PASSWORD, Service, running, test_settings
+from tests.support.service import PASSWORD, Registered, Service, running, test_settings
 
 SECRET = "kZ2mVq8xR4tN7wB1cJ6hL9pD3sF5gY0a"
 ROOT = {"secret": SECRET, "username": "root", "email": "Root@example.org", "password": PASSWORD}
@@ -47,7 +47,7 @@ async def test_the_secret_makes_the_first_operator_once(url: str) -> None:
         answer = await bootstrap(service)
         assert answer.status_code == 201
         assert answer.headers["cache-control"] == "no-store"
-        profile = answer.json()
+        profile = answer.json()["user"]
         assert (profile["username"], profile["email"], profile["email_verified"], profile["role"]) == (
             *("root", "Root@example.org", True, "super_admin"),
         )
@@ -61,6 +61,19 @@ async def test_the_secret_makes_the_first_operator_once(url: str) -> None:
         assert SECRET not in str(await service.execute(select(audit_events)))
         token = await service.token(await an_app(service), grant_type="password", username="root", password=PASSWORD)
         assert token.status_code == 200
+
+
+async def test_the_first_operator_can_operate(url: str) -> None:
+    """With the client that is made beside them, and without a shell: they register the next one."""
+    async with running(settings(url)) as service:
+        client_id = (await bootstrap(service)).json()["client_id"]
+        signed_in = await service.token(
+            Registered(client_id, None), grant_type="password", username="root", password=PASSWORD
+        )
+        headers = {"authorization": f"Bearer {signed_in.json()['access_token']}"}
+        made = await service.http.post("/v1/admin/clients", json={"name": "Shop"}, headers=headers)
+        assert made.status_code == 201
+        assert client_id in {row.target for row in await service.events("client.created")}
 
 
 @pytest.mark.case("ADM-22")

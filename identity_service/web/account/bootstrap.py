@@ -3,12 +3,13 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Depends
-from pydantic import SecretStr
+from pydantic import BaseModel, SecretStr
 
-from identity_service.accounts.access import SUPER_ADMIN
+from identity_service.accounts.access import PERMISSIONS, SELF_SERVICE, SUPER_ADMIN
 from identity_service.accounts.bootstrap import Bootstrap
+from identity_service.accounts.clients import NO_AUTHENTICATION, NewClient
 from identity_service.accounts.password_policy import PasswordRefused
-from identity_service.accounts.users import InvalidUser, NameTaken, User
+from identity_service.accounts.users import InvalidUser, NameTaken
 from identity_service.infra.database import Transaction
 from identity_service.infra.ratelimit.catalogue import BOOTSTRAP
 from identity_service.infra.runtime import Secret
@@ -20,6 +21,14 @@ from identity_service.web.documented import problems
 from identity_service.web.problems import Conflict, Fault, Forbidden, Invalid, NotFound
 from identity_service.web.strict import StrictModel
 
+_OPERATORS = NewClient(
+    name="Operators",
+    first_party=True,
+    token_endpoint_auth_method=NO_AUTHENTICATION,
+    grant_types=("password", "refresh_token"),
+    scope=sorted(SELF_SERVICE | PERMISSIONS),
+)
+
 
 class FirstOperator(StrictModel):
     """The secret of the installation, and who is to be its first operator."""
@@ -28,6 +37,13 @@ class FirstOperator(StrictModel):
     username: Text
     email: Text
     password: SecretStr
+
+
+class FirstOperatorMade(BaseModel):
+    """The first operator, and the client that they sign in through: a public one, for operators' scopes."""
+
+    user: Profile
+    client_id: str
 
 
 def bootstrap_router(parts: AccountParts, bootstrap: Bootstrap) -> APIRouter:
@@ -43,8 +59,13 @@ def bootstrap_router(parts: AccountParts, bootstrap: Bootstrap) -> APIRouter:
             raise Conflict("There is somebody already who can do everything.")
 
     @router.post("/bootstrap", status_code=201, responses=problems(404, 409))
-    async def make_first_operator(visitor: Visiting, body: FirstOperator) -> Profile:
-        """Make the first operator. The secret works once, for ever."""
+    async def make_first_operator(visitor: Visiting, body: FirstOperator) -> FirstOperatorMade:
+        """
+        Make the first operator, and a client for them. The secret works once, for ever.
+
+        Without the client they could not do anything: what a token carries is bounded by its client, and only somebody
+        who has such a token can register one.
+        """
         who = ("bootstrap", visitor.origin.network)
         guesses.check(who)
         if not bootstrap.proves(Secret(body.secret.get_secret_value())):
@@ -60,7 +81,7 @@ def bootstrap_router(parts: AccountParts, bootstrap: Bootstrap) -> APIRouter:
         except PasswordRefused as refused:
             raise Invalid(Fault("/password", str(refused))) from None
 
-        async def make(tx: Transaction) -> User:
+        async def make(tx: Transaction) -> FirstOperatorMade:
             await tx.lock(Bootstrap.LOCK)
             await check_unused(tx)
             if not await bootstrap.spend(tx):
@@ -79,8 +100,10 @@ def bootstrap_router(parts: AccountParts, bootstrap: Bootstrap) -> APIRouter:
             await parts.audit.record(
                 tx, "bootstrap.spent", origin=visitor.origin, actor="bootstrap", target=str(operator.id)
             )
-            return operator
+            client, _ = await parts.clients.register(tx, _OPERATORS)
+            await parts.audit.record(tx, "client.created", origin=visitor.origin, actor="bootstrap", target=client.id)
+            return FirstOperatorMade(user=Profile.of(operator), client_id=client.id)
 
-        return Profile.of(await visitor.run(make))
+        return await visitor.run(make)
 
     return router

@@ -12,6 +12,7 @@ from pydantic import BaseModel, StringConstraints
 from identity_service.accounts.access import Access
 from identity_service.accounts.api_keys import ApiKeys
 from identity_service.accounts.bootstrap import Bootstrap
+from identity_service.accounts.clients import Clients
 from identity_service.accounts.email_flows import EmailTokens
 from identity_service.accounts.password_policy import PasswordPolicy
 from identity_service.accounts.recovery import Recovery
@@ -68,6 +69,7 @@ class AccountParts:
     policy: PasswordPolicy
     families: RefreshFamilies
     access: Access
+    clients: Clients
     api_keys: ApiKeys
     throttle: SignInThrottle
     limiter: Limiter
