@@ -111,7 +111,7 @@ class VerifiedClaims:
 
     @property
     def session_id(self) -> str | None:
-        """The sign-in it belongs to; None for a client that acts for itself."""
+        """The sign-in it belongs to; None for a client that acts for itself, and where an API key was exchanged."""
         return self.claims.get("sid")
 
     def __repr__(self) -> str:
