@@ -138,8 +138,6 @@ async def _purge(services: Services) -> None:
 
     async def one_batch(tx: Transaction) -> int:
         gone = await services.users.purge(tx, before=before, batch=_BATCH)
-        if services.settings.registration == "private":  # where nobody unproven has ever been able to sign in
-            gone += await services.users.purge_unproven(tx, before=before, batch=_BATCH)
         for user_id in gone:
             await services.audit.record(tx, "user.purged", origin=None, actor=_SCHEDULE, target=str(user_id))
         return len(gone)

@@ -421,9 +421,6 @@ async def test_a_session_is_its_owners(service: Service) -> None:
 
 
 @pytest.mark.case("ADM-15")
-@pytest.mark.parametrize(
-    "params", [{"sort": "password_hash"}, {"fields": "password_hash"}, {"filter": "epoch>0"}], ids=str
-)
 async def test_there_is_no_other_way_to_ask(service: Service) -> None:
     """What is not offered is refused, whatever its value; and no hash is in any answer."""
     _, boss = await boss_of(service)

@@ -120,21 +120,6 @@ async def hold_name(tx: Transaction, username: str, now: datetime) -> None:
     await tx.execute(row.on_conflict_do_nothing())
 
 
-async def purge_unproven(tx: Transaction, *, before: datetime, batch: int) -> list[uuid.UUID]:
-    """Remove at most `batch` people who registered before an instant and never proved their address; return them."""
-    c = users.c
-    forgotten = (
-        c.email_verified_at.is_(None),
-        c.password_hash.is_not(None),
-        c.deleted_at.is_(None),
-        c.role == LOWEST_ROLE,
-        c.created_at < before,
-    )
-    doomed = select(c.id).where(*forgotten).order_by(c.id).limit(batch)
-    statement = delete(users).where(c.id.in_(doomed.scalar_subquery()), *forgotten).returning(c.id)
-    return list((await tx.execute(statement)).scalars())
-
-
 async def purge_users(tx: Transaction, *, before: datetime, batch: int) -> list[uuid.UUID]:
     """Remove at most `batch` users that were deleted before an instant, and all that is theirs; return their ids."""
     c = users.c

@@ -17,7 +17,6 @@ from identity_service.accounts.users.deletion import (
     delete_user,
     erase_user,
     hold_name,
-    purge_unproven,
     purge_users,
     restore_user,
 )
@@ -322,10 +321,6 @@ class Users:
     async def hold_name(self, tx: Transaction, username: str) -> None:
         """Let a username be taken by nobody, as if somebody had registered it; raises InvalidUser."""
         await hold_name(tx, check_username(username), self._clock.now())
-
-    async def purge_unproven(self, tx: Transaction, *, before: datetime, batch: int) -> list[uuid.UUID]:
-        """Remove at most `batch` people who registered before an instant and never proved their address."""
-        return await purge_unproven(tx, before=before, batch=batch)
 
     async def erase(self, tx: Transaction, user_id: uuid.UUID) -> bool:
         """Remove a user and all that is theirs at once, deleted before or not; return False if there is none."""
