@@ -9,6 +9,7 @@ import pytest
 from identity_service.accounts.refresh_families import RefreshFamilies
 from identity_service.cli.common import settings_for
 from identity_service.cli.serving import only_one_on_sqlite
+from identity_service.infra.data_keys import PURPOSES
 from identity_service.infra.database import DatabaseUnavailable
 from identity_service.infra.migrate import migrate
 from identity_service.infra.runtime.envelope import MasterKeyError
@@ -63,11 +64,11 @@ def test_a_data_directory_in_the_environment_makes_no_server_a_development_one(
 
 @pytest.mark.case("SEC-04")
 async def test_keys_that_fall_due_by_themselves_leave_their_rows(tmp_path: Path) -> None:
-    """An empty database: three data keys, a signing key and the next one; a rotation: one retired, one created."""
+    """An empty database: a data key of each purpose, a signing key and the next one; a rotation: one out, one in."""
     url = f"sqlite+aiosqlite:///{tmp_path / 'empty.db'}"
     migrate(url)
     async with running(test_settings(url)) as service:
-        assert [row.target for row in await service.events("data_key.created")] == ["names", "refresh", "retry"]
+        assert [row.target for row in await service.events("data_key.created")] == sorted(PURPOSES)
         first, second = await service.events("key.created")
         service.clock.advance(31 * 86400)  # type: ignore[attr-defined]  # the tests' own clock
         await load_keys(service.services)
