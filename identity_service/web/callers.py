@@ -34,6 +34,7 @@ from identity_service.web.deps import (
     origin_of,
 )
 from identity_service.web.problems import BadRequest, Forbidden
+from identity_service.web.strict import check_parameters
 
 Answer = TypeVar("Answer")
 
@@ -181,6 +182,7 @@ class Callers:
             if rule.scope not in claims.scope:  # said before anything is said about the body, and of live tokens only
                 await self._db.run(lambda tx: self._bearer.check_live(tx, claims))
                 raise InsufficientScope(scope)
+            check_parameters(request)
             await _spend(self._local, [Spend(self._general, f"t:{claims.subject}:{claims.client_id}")])
             return Entry(self._db, lambda tx: self._by_token(tx, claims, origin, rule), origin)
 
@@ -234,6 +236,7 @@ class Callers:
             raise Forbidden("The key may not be used from here.")
         if rule.scope is not None and rule.scope not in held.scope:
             raise InsufficientScope(rule.scope)
+        check_parameters(request)
         return Entry(self._db, lambda tx: self._key_caller(tx, presented, origin, rule), origin)
 
     async def _key_caller(self, tx: Transaction, presented: PresentedKey, origin: Origin, rule: AccessRule) -> Caller:

@@ -120,20 +120,25 @@ class _StrictRequest(Request):
         return parse_json(await self.body())
 
 
+def check_parameters(request: Request) -> None:
+    """
+    Raise Invalid for a parameter in the URL that the route does not know.
+
+    A filter that is misspelt would select everything, and an option that is would not be heeded.
+    """
+    known = sorted(parameter.alias for parameter in request.scope["route"].dependant.query_params)
+    if not set(request.query_params) <= set(known):
+        raise Invalid(Fault("", f"the URL has a parameter that is not known; known: {', '.join(known) or 'none'}"))
+
+
 class StrictRoute(APIRoute):
     """A route that reads its body strictly."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Wrap the framework's handler."""
         handler = super().get_route_handler()
-        known = sorted(parameter.alias for parameter in self.dependant.query_params)
 
         async def strict(request: Request) -> Response:
-            # A filter that is misspelt would select everything, and an option that is would not be heeded.
-            if not set(request.query_params) <= set(known):
-                raise Invalid(
-                    Fault("", f"the URL has a parameter that is not known; known: {', '.join(known) or 'none'}")
-                )
             if any(coding != "identity" for coding in request.headers.getlist("content-encoding")):
                 raise Problem(415, "The body must not be compressed.")
             return await handler(_StrictRequest(request.scope, request.receive))
