@@ -6,9 +6,9 @@ that was withdrawn a moment ago is gone, and no route can forget to ask.
 """
 
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar, final
+from typing import Any, TypeVar, final
 
 from fastapi import Request
 
@@ -16,12 +16,11 @@ from identity_service.accounts.access import Access
 from identity_service.accounts.api_keys import ApiKeys, KeyRefused, LiveKey, PresentedKey
 from identity_service.accounts.clients import Clients
 from identity_service.accounts.users import User, Users
-from identity_service.infra.audit import Origin
+from identity_service.infra.audit import AuditTrail, Origin
 from identity_service.infra.database import Database, Transaction
-from identity_service.infra.ratelimit import Allowed, Limited, Limiter, Rule, Spend
+from identity_service.infra.ratelimit import Limiter, Rule, Spend
 from identity_service.infra.ratelimit.catalogue import API_KEY_GUESSING
 from identity_service.infra.runtime import Clock, Secret
-from identity_service.oauth.errors import TooManyRequests
 from identity_service.verifier.core import VerifiedClaims
 from identity_service.web.asgi import Headers
 from identity_service.web.deps import (
@@ -30,8 +29,8 @@ from identity_service.web.deps import (
     InsufficientScope,
     IPNetwork,
     Unauthenticated,
-    limit_headers,
     origin_of,
+    spend,
 )
 from identity_service.web.problems import BadRequest, Forbidden
 from identity_service.web.strict import check_parameters
@@ -65,6 +64,32 @@ class Caller:
         return self.key_id is None and not self.delegated
 
 
+def check_first_hand(caller: Caller) -> None:
+    """Raise Forbidden for a credential that was handed on: what leaks must not make others that outlive it."""
+    if not caller.first_hand:
+        raise Forbidden("This needs a session, or a service's own token.")
+
+
+async def note(
+    audit: AuditTrail,
+    tx: Transaction,
+    caller: Caller,
+    event: str,
+    target: str,
+    detail: Mapping[str, Any] | None = None,
+) -> None:
+    """Write into the audit trail what a caller did to whom or what."""
+    await audit.record(
+        tx,
+        event,
+        origin=caller.origin,
+        actor=caller.actor,
+        target=target,
+        client_id=caller.client_id,
+        detail=detail,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class AccessRule:
     """What a route demands: a scope, and whether a person must be behind it. No scope: anybody may call."""
@@ -90,7 +115,7 @@ class Visitor:
 
     async def spend(self, spends: Sequence[Spend]) -> None:
         """Spend from limits; raises TooManyRequests, and then nothing was spent."""
-        await _spend(self._limiter, spends)
+        await spend(self._limiter, spends)
 
 
 @final
@@ -159,7 +184,7 @@ class Callers:
 
         async def visitor(request: Request) -> Visitor:
             origin = self._origin(request)
-            await _spend(self._local, [Spend(self._general, f"n:{origin.network}")])
+            await spend(self._local, [Spend(self._general, f"n:{origin.network}")])
             return Visitor(self._db, self._limiter, origin)
 
         visitor.rule = AccessRule(None)  # type: ignore[attr-defined]  # read by the test that walks the routes
@@ -183,7 +208,7 @@ class Callers:
                 await self._db.run(lambda tx: self._bearer.check_live(tx, claims))
                 raise InsufficientScope(scope)
             check_parameters(request)
-            await _spend(self._local, [Spend(self._general, f"t:{claims.subject}:{claims.client_id}")])
+            await spend(self._local, [Spend(self._general, f"t:{claims.subject}:{claims.client_id}")])
             return Entry(self._db, lambda tx: self._by_token(tx, claims, origin, rule), origin)
 
         entry.rule = rule  # type: ignore[attr-defined]  # read by the test that walks the routes
@@ -218,7 +243,7 @@ class Callers:
         return _admitted(caller, rule)
 
     async def _by_api_key(self, request: Request, text: Secret, origin: Origin, rule: AccessRule) -> Entry:
-        await _spend(self._local, [Spend(self._general, f"n:{origin.network}")])
+        await spend(self._local, [Spend(self._general, f"n:{origin.network}")])
         presented = self._api_keys.read(text)
         held: LiveKey | KeyRefused = KeyRefused("malformed")
         if presented is not None:
@@ -231,7 +256,7 @@ class Callers:
             await self._guesses.book(who, f"k:{origin.network}")
             raise Unauthenticated("invalid_token", reason=f"api_key_{_word(held)}")
         # Only a key that is right spends from its own limit: its id is no secret, and strangers could use it up.
-        request.scope["state"]["headers"] = await _spend(self._limiter, [Spend(self._api_key, presented.key_id)])
+        request.scope["state"]["headers"] = await spend(self._limiter, [Spend(self._api_key, presented.key_id)])
         if isinstance(held, KeyRefused):
             raise Forbidden("The key may not be used from here.")
         if rule.scope is not None and rule.scope not in held.scope:
@@ -273,12 +298,3 @@ def _admitted(caller: Caller, rule: AccessRule) -> Caller:
     if rule.person and caller.user is None:
         raise Unauthenticated("invalid_token", reason="not_a_person")
     return caller
-
-
-async def _spend(limiter: Limiter, spends: Sequence[Spend]) -> list[tuple[bytes, bytes]]:
-    """Spend from limits and return what the answer says of them; raises TooManyRequests."""
-    match await limiter.spend(spends):
-        case Limited() as limited:
-            raise TooManyRequests(limit=limited.rule, retry_after=limited.retry_after)
-        case Allowed(left):
-            return limit_headers(left)

@@ -153,6 +153,14 @@ def limit_headers(left: Sequence[Left]) -> HeaderList:
     ]
 
 
+async def spend(limiter: Limiter, spends: Sequence[Spend]) -> HeaderList:
+    """Spend from limits and return what the answer says of them; raises TooManyRequests, and then nothing was spent."""
+    verdict = await limiter.spend(spends)
+    if isinstance(verdict, Limited):
+        raise TooManyRequests(limit=verdict.rule, retry_after=verdict.retry_after)
+    return limit_headers(verdict.left)
+
+
 @final
 class FailureBudget:
     """
@@ -222,9 +230,7 @@ class ClientAuthenticator:
         notice.
         """
         client = await self._proven(credentials, origin)
-        verdict = await self._local.spend([Spend(self._general, f"c:{client.id}:{origin.network}")])
-        if isinstance(verdict, Limited):
-            raise TooManyRequests(limit=verdict.rule, retry_after=verdict.retry_after)
+        await spend(self._local, [Spend(self._general, f"c:{client.id}:{origin.network}")])
         return client
 
     async def _proven(self, credentials: ClientCredentials, origin: Origin) -> Client:

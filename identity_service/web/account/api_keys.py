@@ -15,8 +15,9 @@ from identity_service.infra.audit import AuditTrail
 from identity_service.infra.database import Transaction
 from identity_service.infra.ratelimit import Limiter, Spend
 from identity_service.infra.ratelimit.catalogue import API_KEY_CREATION
-from identity_service.web.account.parts import account_routes, given_back, person_of, signed_in, spend
-from identity_service.web.callers import Caller, Callers, Entry
+from identity_service.web.account.parts import account_routes, given_back, person_of, signed_in
+from identity_service.web.callers import Caller, Callers, Entry, note
+from identity_service.web.deps import spend
 from identity_service.web.documented import problems
 from identity_service.web.paging import Cursors, CursorText, Limit, Page
 from identity_service.web.problems import Conflict, Fault, Forbidden, Invalid, NotFound
@@ -181,15 +182,7 @@ class KeyRoutes:
 
     async def record(self, tx: Transaction, caller: Caller, what: str, key: ApiKey, detail: Mapping[str, Any]) -> None:
         """Note what was done to a key, and whose it is."""
-        await self._audit.record(
-            tx,
-            f"api_key.{what}",
-            origin=caller.origin,
-            actor=caller.actor,
-            target=key.id,
-            client_id=caller.client_id,
-            detail={"owner": str(key.owner), **detail},
-        )
+        await note(self._audit, tx, caller, f"api_key.{what}", key.id, {"owner": str(key.owner), **detail})
 
 
 def api_keys_router(

@@ -13,8 +13,8 @@ from identity_service.accounts.users import InvalidUser, NameTaken
 from identity_service.infra.database import Transaction
 from identity_service.infra.ratelimit.catalogue import BOOTSTRAP
 from identity_service.infra.runtime import Secret
-from identity_service.web.account.parts import AccountParts, Text, account_routes
-from identity_service.web.account.profile import Profile, invalid
+from identity_service.web.account.parts import AccountParts, Text, account_routes, invalid
+from identity_service.web.account.profile import Profile
 from identity_service.web.callers import Visitor
 from identity_service.web.deps import FailureBudget
 from identity_service.web.documented import problems

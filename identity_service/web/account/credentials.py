@@ -20,12 +20,12 @@ from identity_service.web.account.parts import (
     Text,
     account_routes,
     given_back,
+    invalid,
     signed_in,
-    spend,
 )
-from identity_service.web.account.profile import invalid
 from identity_service.web.account.reauthentication import Reauthentication
 from identity_service.web.callers import Caller, Entry
+from identity_service.web.deps import spend
 from identity_service.web.documented import problems
 from identity_service.web.problems import Conflict, Fault, Invalid
 from identity_service.web.strict import StrictModel

@@ -19,19 +19,18 @@ from identity_service.accounts.recovery import Recovery
 from identity_service.accounts.refresh_families import RefreshFamilies
 from identity_service.accounts.registration import Registration
 from identity_service.accounts.throttle import SignInThrottle
-from identity_service.accounts.users import User, Users
+from identity_service.accounts.users import InvalidUser, User, Users
 from identity_service.infra.audit import AuditTrail
 from identity_service.infra.data_keys import DataKeys
 from identity_service.infra.database import DatabaseUnavailable, Transaction
 from identity_service.infra.outbox import MailQueueFull, Outbox
-from identity_service.infra.ratelimit import Limited, Limiter, Spend
+from identity_service.infra.ratelimit import Limiter, Spend
 from identity_service.infra.runtime import Clock
 from identity_service.infra.runtime.hashing import HashingBusy
-from identity_service.oauth.errors import TooManyRequests
-from identity_service.web.callers import Caller, Callers
+from identity_service.web.callers import Caller, Callers, note
 from identity_service.web.deps import Unauthenticated
 from identity_service.web.paging import Cursors
-from identity_service.web.problems import Forbidden
+from identity_service.web.problems import Fault, Forbidden, Invalid
 from identity_service.web.strict import StrictRoute
 
 log = structlog.get_logger(__name__)
@@ -108,15 +107,7 @@ class AccountParts:
         self, tx: Transaction, caller: Caller, event: str, target: str, detail: dict[str, Any] | None = None
     ) -> None:
         """Note what a caller did to something of theirs."""
-        await self.audit.record(
-            tx,
-            event,
-            origin=caller.origin,
-            actor=caller.actor,
-            target=target,
-            client_id=caller.client_id,
-            detail=detail,
-        )
+        await note(self.audit, tx, caller, event, target, detail)
 
 
 def person_of(caller: Caller) -> User:
@@ -126,18 +117,16 @@ def person_of(caller: Caller) -> User:
     return caller.user
 
 
+def invalid(error: InvalidUser) -> Invalid:
+    """Return the refusal of a name, an address or a role that cannot be."""
+    return Invalid(Fault(f"/{error.field}", error.detail))
+
+
 def signed_in(caller: Caller) -> User:
     """Return the person who calls from a session of their own; raises Forbidden for a key, which must not take over."""
     if caller.session_id is None:
         raise Forbidden("This needs a session, not an API key.")
     return person_of(caller)
-
-
-async def spend(limiter: Limiter, spends: Sequence[Spend]) -> None:
-    """Spend from limits; raises TooManyRequests, and then nothing was spent."""
-    verdict = await limiter.spend(spends)
-    if isinstance(verdict, Limited):
-        raise TooManyRequests(limit=verdict.rule, retry_after=verdict.retry_after)
 
 
 @asynccontextmanager

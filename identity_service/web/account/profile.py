@@ -9,11 +9,11 @@ from pydantic import BaseModel
 
 from identity_service.accounts.users import InvalidUser, NameTaken, User
 from identity_service.infra.database import Transaction
-from identity_service.web.account.parts import AccountParts, Text, account_routes, person_of, signed_in
+from identity_service.web.account.parts import AccountParts, Text, account_routes, invalid, person_of, signed_in
 from identity_service.web.callers import Caller, Entry
 from identity_service.web.documented import problems
 from identity_service.web.paging import IfMatch, check_if_match, tagged
-from identity_service.web.problems import Conflict, Fault, Invalid, NotFound
+from identity_service.web.problems import Conflict, NotFound
 from identity_service.web.strict import StrictModel
 
 
@@ -47,11 +47,6 @@ class ProfilePatch(StrictModel):
 
     username: Text = ""
     name: Text | None = None
-
-
-def invalid(error: InvalidUser) -> Invalid:
-    """Return the refusal of a name or an address that cannot be."""
-    return Invalid(Fault(f"/{error.field}", error.detail))
 
 
 def profile_router(parts: AccountParts) -> APIRouter:

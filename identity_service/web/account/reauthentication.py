@@ -9,8 +9,9 @@ from identity_service.infra.database import Transaction
 from identity_service.infra.ratelimit import Spend
 from identity_service.infra.ratelimit.catalogue import PASSWORD_CHANGE
 from identity_service.infra.runtime import Secret
-from identity_service.web.account.parts import AccountParts, given_back, signed_in, spend
+from identity_service.web.account.parts import AccountParts, given_back, signed_in
 from identity_service.web.callers import Caller, Entry
+from identity_service.web.deps import spend
 from identity_service.web.problems import Conflict, Forbidden
 
 

@@ -14,7 +14,7 @@ from identity_service.infra.audit import AuditTrail
 from identity_service.infra.database import Transaction
 from identity_service.web.account.api_keys import KeyCreation, KeyId, KeyMade, KeyRotation, KeyRoutes, KeyShown
 from identity_service.web.account.parts import account_routes
-from identity_service.web.callers import Caller, Callers, Entry
+from identity_service.web.callers import Caller, Callers, Entry, check_first_hand
 from identity_service.web.documented import problems
 from identity_service.web.paging import Cursors, CursorText, Limit, Page
 from identity_service.web.problems import Conflict, Forbidden, NotFound
@@ -87,7 +87,7 @@ def admin_api_keys_router(
         """Make a key for a service; `key`, which holds its secret, is shown this once."""
 
         async def make(tx: Transaction, caller: Caller) -> KeyMade:
-            _check_own_credential(caller)
+            check_first_hand(caller)
             client = await service(tx, client_id)
             if client.public:
                 raise Conflict("A public client cannot keep a key.")
@@ -102,7 +102,7 @@ def admin_api_keys_router(
         """End a service's key, and every token it was exchanged for, at once."""
 
         async def revoke(tx: Transaction, caller: Caller) -> None:
-            _check_own_credential(caller)
+            check_first_hand(caller)
             await service(tx, client_id)
             await routes.revoke(tx, caller, key_id, client_id)
 
@@ -128,7 +128,7 @@ def admin_api_keys_router(
         """Give a service's key a new secret; the old one works for the overlap."""
 
         async def rotate(tx: Transaction, caller: Caller) -> KeyMade:
-            _check_own_credential(caller)
+            check_first_hand(caller)
             owner = await service_of(tx, key_id)
             return KeyMade.with_text(await routes.rotate(tx, caller, key_id, owner.id, body, held=owner.scope))
 
@@ -139,7 +139,7 @@ def admin_api_keys_router(
         """End anybody's key, and every token it was exchanged for, at once."""
 
         async def revoke(tx: Transaction, caller: Caller) -> None:
-            _check_own_credential(caller)
+            check_first_hand(caller)
             key = await api_keys.get(tx, key_id, None)
             if key is None:
                 raise NotFound
@@ -149,9 +149,3 @@ def admin_api_keys_router(
         await entry.run(revoke)
 
     return router
-
-
-def _check_own_credential(caller: Caller) -> None:
-    """Raise Forbidden for an API key, and for a token that somebody else got in exchange."""
-    if not caller.first_hand:
-        raise Forbidden("This needs a session, or a service's own token.")

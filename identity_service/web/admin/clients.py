@@ -12,7 +12,7 @@ from identity_service.accounts.access import Access
 from identity_service.accounts.clients import Client, Clients, InvalidClientMetadata, NewClient
 from identity_service.infra.audit import AuditTrail
 from identity_service.infra.database import Transaction
-from identity_service.web.callers import Caller, Callers, Entry
+from identity_service.web.callers import Caller, Callers, Entry, check_first_hand, note
 from identity_service.web.documented import problems
 from identity_service.web.paging import Cursors, CursorText, IfMatch, Limit, Page, check_if_match, tagged
 from identity_service.web.problems import Conflict, Fault, Forbidden, Invalid, NotFound
@@ -141,15 +141,7 @@ def clients_router(
     async def record(
         tx: Transaction, caller: Caller, event: str, client_id: str, detail: dict[str, Any] | None = None
     ) -> None:
-        await audit.record(
-            tx,
-            event,
-            origin=caller.origin,
-            actor=caller.actor,
-            target=client_id,
-            client_id=caller.client_id,
-            detail=detail,
-        )
+        await note(audit, tx, caller, event, client_id, detail)
 
     async def charge(tx: Transaction, caller: Caller, client_id: str) -> Client:
         """
@@ -163,11 +155,6 @@ def clients_router(
         if access.missing(client.scope, scopes=caller.scopes, rights=caller.rights):
             raise Forbidden("This client may do more than you could hand on.")
         return client
-
-    def check_first_hand(caller: Caller) -> None:
-        """Raise Forbidden for a credential that was handed on: what leaks must not make others that outlive it."""
-        if not caller.first_hand:
-            raise Forbidden("This needs a session, or a service's own token.")
 
     @router.get("", responses=problems())
     async def list_clients(entry: Reading, limit: Limit = 50, cursor: CursorText = None) -> Page[ClientShown]:

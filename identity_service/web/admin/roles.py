@@ -9,7 +9,7 @@ from identity_service.accounts import access
 from identity_service.accounts.access import Access, InUse, InvalidRole, InvalidScopeName, Role
 from identity_service.infra.audit import AuditTrail
 from identity_service.infra.database import Transaction
-from identity_service.web.callers import Caller, Callers, Entry
+from identity_service.web.callers import Caller, Callers, Entry, note
 from identity_service.web.documented import problems
 from identity_service.web.paging import IfMatch, check_if_match, tagged
 from identity_service.web.problems import Conflict, Fault, Forbidden, Invalid, NotFound
@@ -88,15 +88,7 @@ def roles_router(callers: Callers, rules: Access, audit: AuditTrail) -> APIRoute
     async def record(
         tx: Transaction, caller: Caller, event: str, target: str, detail: dict[str, Any] | None = None
     ) -> None:
-        await audit.record(
-            tx,
-            event,
-            origin=caller.origin,
-            actor=caller.actor,
-            target=target,
-            client_id=caller.client_id,
-            detail=detail,
-        )
+        await note(audit, tx, caller, event, target, detail)
 
     def check_grant(caller: Caller, scopes: set[str] | frozenset[str]) -> None:
         """Raise Forbidden for scopes that the caller could not hand on."""

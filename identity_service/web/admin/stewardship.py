@@ -9,7 +9,7 @@ from identity_service.accounts.access import Access
 from identity_service.accounts.users import User, Users
 from identity_service.infra.audit import AuditTrail
 from identity_service.infra.database import Transaction
-from identity_service.web.callers import Caller
+from identity_service.web.callers import Caller, note
 from identity_service.web.problems import Conflict, Forbidden, NotFound
 
 
@@ -78,12 +78,4 @@ class Stewardship:
         self, tx: Transaction, caller: Caller, event: str, user: User, detail: Mapping[str, Any] | None = None
     ) -> None:
         """Note what the caller did to somebody."""
-        await self._audit.record(
-            tx,
-            event,
-            origin=caller.origin,
-            actor=caller.actor,
-            target=str(user.id),
-            client_id=caller.client_id,
-            detail=detail,
-        )
+        await note(self._audit, tx, caller, event, str(user.id), detail)

@@ -16,13 +16,13 @@ from identity_service.accounts.users import InvalidUser, NameTaken, State, User,
 from identity_service.infra.audit import AuditTrail
 from identity_service.infra.database import Transaction
 from identity_service.web.account.device import devices_of
-from identity_service.web.account.parts import Mail, account_routes
+from identity_service.web.account.parts import Mail, account_routes, invalid
 from identity_service.web.account.sessions import SessionShown
 from identity_service.web.admin.stewardship import Stewardship, identified
 from identity_service.web.callers import Caller, Callers, Entry
 from identity_service.web.documented import problems
 from identity_service.web.paging import Cursors, CursorText, IfMatch, Limit, Page, check_if_match, tagged
-from identity_service.web.problems import Conflict, Fault, Invalid, NotFound
+from identity_service.web.problems import Conflict, NotFound
 from identity_service.web.strict import Label, StrictModel
 
 _TAKEN = "The username or the address belongs to somebody already."
@@ -170,7 +170,7 @@ def users_router(
                     name=body.name,
                 )
             except InvalidUser as error:
-                raise _invalid(error) from None
+                raise invalid(error) from None
             except NameTaken:
                 raise Conflict(_TAKEN) from None
             await stewards.record(tx, caller, "user.created", user, {"role": user.role})
@@ -218,7 +218,7 @@ def users_router(
                     stewards.check_other(caller, user, "Change your own address where your password is asked for.")
                     changed = await users.set_email(tx, user.id, body.email, verified=False)
             except InvalidUser as error:
-                raise _invalid(error) from None
+                raise invalid(error) from None
             except NameTaken:
                 raise Conflict(_TAKEN) from None
             if changed.email != user.email and mail is not None:
@@ -271,7 +271,7 @@ def users_router(
                 try:
                     await users.set_role(tx, user.id, body.role)
                 except InvalidUser as error:
-                    raise _invalid(error) from None
+                    raise invalid(error) from None
                 await stewards.record(tx, caller, "user.role_changed", user, {"from": user.role, "to": body.role})
             return await shown(tx, user)
 
@@ -385,8 +385,3 @@ def users_router(
         return await entry.run(work, lock=Bootstrap.LOCK)
 
     return router
-
-
-def _invalid(error: InvalidUser) -> Invalid:
-    """Return the refusal of a name, an address or a role that cannot be."""
-    return Invalid(Fault(f"/{error.field}", error.detail))
