@@ -56,6 +56,17 @@ async def _check_default_client(services: Services) -> None:
         raise UnsafeSettings("IDENTITY_DEFAULT_CLIENT_ID must name a public first-party client")
 
 
+async def _prepare(services: Services) -> None:
+    """Load the keys, and refuse to start where something is wrong that requests would stumble over."""
+    revision = await services.db.revision()
+    if revision is None or revision < SCHEMA_REVISION:
+        raise UnsafeSettings("the database's schema is older than this version: run `identity-service migrate`")
+    await load_keys(services)
+    await _check_default_client(services)
+    if services.settings.production and not services.settings.trusted_proxies:
+        log.warning("service.no_trusted_proxies", hint="behind a proxy, everybody shares its limits")
+
+
 class Application(FastAPI):
     """FastAPI with the edge before it: the hot endpoints are answered without waking the framework."""
 
@@ -87,29 +98,24 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        revision = await services.db.revision()
-        if revision is None or revision < SCHEMA_REVISION:
-            raise UnsafeSettings("the database's schema is older than this version: run `identity-service migrate`")
-        await load_keys(services)
-        await _check_default_client(services)
-        if settings.production and not settings.trusted_proxies:
-            log.warning("service.no_trusted_proxies", hint="behind a proxy, everybody shares its limits")
-        jobs = [
-            asyncio.create_task(repeat("keys", settings.key_poll, lambda: step_keys(services))),
-            asyncio.create_task(repeat("audit", _FLUSH_EVERY, lambda: flush_audit(services))),
-        ]
-        if leased_jobs:
-            jobs += [asyncio.create_task(coroutine) for coroutine in for_all(services)]
-        log.info("service.ready", issuer=settings.public_issuer, environment=settings.environment)
-        try:
-            yield
-        finally:
-            for job in jobs:
-                job.cancel()
-            await asyncio.gather(*jobs, return_exceptions=True)
-            with contextlib.suppress(DatabaseUnavailable):
-                await flush_audit(services)
-            await services.close()
+        async with contextlib.AsyncExitStack() as leaving:
+            leaving.push_async_callback(services.close)  # also when this start is refused
+            await _prepare(services)
+            jobs = [
+                asyncio.create_task(repeat("keys", settings.key_poll, lambda: step_keys(services))),
+                asyncio.create_task(repeat("audit", _FLUSH_EVERY, lambda: flush_audit(services))),
+            ]
+            if leased_jobs:
+                jobs += [asyncio.create_task(coroutine) for coroutine in for_all(services)]
+            log.info("service.ready", issuer=settings.public_issuer, environment=settings.environment)
+            try:
+                yield
+            finally:
+                for job in jobs:
+                    job.cancel()
+                await asyncio.gather(*jobs, return_exceptions=True)
+                with contextlib.suppress(DatabaseUnavailable):
+                    await flush_audit(services)
 
     docs = not settings.production
     app = Application(

@@ -19,15 +19,9 @@ MINUTE = timedelta(minutes=1)
 HOLD = timedelta(minutes=5)
 
 
-@pytest.fixture(params=["database_url", "sqlite_url"])
-def url(request: pytest.FixtureRequest) -> str:
-    found: str = request.getfixturevalue(request.param)
-    return found
-
-
 @pytest.fixture
-async def db(url: str) -> AsyncIterator[Database]:
-    database = Database(url)
+async def db(any_url: str) -> AsyncIterator[Database]:
+    database = Database(any_url)
     yield database
     await database.close()
 
@@ -185,6 +179,7 @@ async def test_a_loop_outlives_a_fault_and_an_outage(db: Database, clock: Frozen
     async with asyncio.timeout(20):
         await third.wait()
     loop.cancel()
+    await asyncio.gather(loop, return_exceptions=True)
     assert {outcome: counted(outcome) - before[outcome] for outcome in ("failed", "postponed")} == {
         "failed": 1,
         "postponed": 1,
