@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import functools
 import gc
+import itertools
 import json
 import sys
 import time
@@ -30,12 +31,14 @@ class Call:
     What one connection sends again and again.
 
     `head` is the request line and the headers, without Content-Length and without the empty line; the body is `body`
-    followed by `carried`, the part that the answer to each request replaces when the plan says so.
+    followed by `carried`, the part that the answer to each request replaces when the plan says so. `turns` are the
+    heads of requests without a body that take turns with it.
     """
 
     head: str
     body: str = ""
     carried: str = ""
+    turns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,8 @@ class Connection(asyncio.Protocol):
         self._carry = f'"{plan.carry}":'.encode() if plan.carry else b""
         self._head, self._body = call.head.encode(), call.body.encode()
         self._request = self._compose(call.carried.encode())
+        bare = [head.encode() + b"\r\n\r\n" for head in call.turns]
+        self._turns = itertools.cycle([*bare, self._request]) if bare else None
         self._transport: asyncio.Transport | None = None
         self._partial = b""
         self._busy = False
@@ -131,6 +136,8 @@ class Connection(asyncio.Protocol):
                 self._give_up(data[:600].decode("latin-1"))
                 return
             self._request = self._compose(data[opening : data.find(b'"', opening)])
+        elif self._turns is not None:
+            self._request = next(self._turns)
         self.latencies.append(now - self._sent)
         if now < self._deadline:
             assert self._transport is not None

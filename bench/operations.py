@@ -1,5 +1,6 @@
 """The operations that are measured. To add one, write how it is prepared and add a line to `OPERATIONS`."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -83,10 +84,14 @@ def _user_search(service: Service, connections: int) -> list[Call]:
     """Search a million users by the beginnings of names, of one letter and of more, and by role and state."""
     service.seed_users(MANY_USERS)
     token = service.operator_token()
-    wanted = ("q=a", "q=m", "q=user0", "q=ab1", "q=f00d", "q=c@", "role=moderator", "state=disabled", "", "q=9z9")
-    return [
-        bearer_call(f"/v1/admin/users?limit=50&{wanted[number % len(wanted)]}", token) for number in range(connections)
+    first, *others = [
+        bearer_call(f"/v1/admin/users?limit=50&{wanted}", token)
+        for wanted in (
+            *("q=a", "q=m", "q=user0", "q=ab1", "q=f00d", "q=c@", "q=9z9", "", "role=moderator", "state=disabled"),
+            *("q=a&role=moderator", "q=user&role=moderator", "q=f&role=moderator&state=disabled"),
+        )
     ]
+    return [dataclasses.replace(first, turns=tuple(other.head for other in others))] * connections
 
 
 MANY_USERS = 1_000_000

@@ -31,13 +31,13 @@ START_PATIENCE_SECONDS = 30.0
 POLL_SECONDS = 0.002
 
 
-# Names of hexadecimal letters in no order; few moderators, few who are disabled.
+# Half the names in no order; every twentieth a moderator, every thousandth disabled.
 _SEED = """
     INSERT INTO users (id, username, email, email_canonical, email_verified_at, password_form, role, enabled, epoch,
                        created_at, updated_at)
     SELECT gen_random_uuid(), n, n || '@example.com', n || '@example.com', now(), 1,
-           CASE WHEN i % 5000 = 0 THEN 'moderator' ELSE 'user' END, i % 1000 <> 0, 0, now(), now()
-    FROM (SELECT i, CASE WHEN i % 2 = 0 THEN md5(i::text) ELSE 'user' || lpad(i::text, 8, '0') END AS n
+           CASE WHEN i %% 20 = 0 THEN 'moderator' ELSE 'user' END, i %% 1000 <> 0, 0, now(), now()
+    FROM (SELECT i, CASE WHEN i %% 2 = 0 THEN md5(i::text) ELSE 'user' || lpad(i::text, 8, '0') END AS n
           FROM generate_series(1, %(number)s) AS i) AS seeded
     ON CONFLICT DO NOTHING
 """

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 import redis
 import structlog
@@ -163,6 +164,21 @@ async def embedded(sqlite_url: str) -> AsyncIterator[Service]:
     """The service on SQLite with limits in memory: the embedded default."""
     async with running(test_settings(sqlite_url)) as running_service:
         yield running_service
+
+
+@pytest.fixture
+def statements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every statement that goes to PostgreSQL, noted in the driver: nothing gets past it."""
+    sent: list[str] = []
+    execute = psycopg.AsyncCursor.execute
+
+    async def noting(cursor: Any, query: Any, *given: Any, **named: Any) -> Any:
+        spelled = query.decode() if isinstance(query, bytes) else str(query)
+        sent.append(" ".join(spelled.split()))
+        return await execute(cursor, query, *given, **named)
+
+    monkeypatch.setattr(psycopg.AsyncCursor, "execute", noting)
+    return sent
 
 
 def _worker() -> str:

@@ -254,6 +254,11 @@ class Access:
         self._roles.forget_all()
         return new
 
+    async def existing(self, tx: Transaction, names: Iterable[str]) -> frozenset[str]:
+        """Return which of these scopes are defined; none of them can be deleted until this transaction ends."""
+        found = select(scopes.c.name).where(scopes.c.name.in_(list(names)))
+        return frozenset((await tx.execute(found.with_for_update(read=True, key_share=True))).scalars())
+
     async def describe(self, tx: Transaction, name: str, description: str) -> bool:
         """Say what a scope is for; return False if there is none."""
         if len(description) > _LONGEST_DESCRIPTION:
@@ -291,8 +296,7 @@ class Access:
 
     async def _set_scopes(self, tx: Transaction, role: str, names: Iterable[str]) -> None:
         wanted = set(names)
-        held = select(scopes.c.name).where(scopes.c.name.in_(wanted)).with_for_update(read=True, key_share=True)
-        if wanted - set((await tx.execute(held)).scalars()):
+        if wanted - await self.existing(tx, wanted):
             raise InvalidRole("scopes: there is no such scope")
         await tx.execute(delete(role_scopes).where(role_scopes.c.role == role, role_scopes.c.scope.not_in(wanted)))
         await self.grant(tx, role, sorted(wanted))

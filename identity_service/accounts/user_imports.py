@@ -38,6 +38,9 @@ FIELDS = (
 )
 """What a line may hold; only `username` and `email` it must."""
 
+ROLE_NOT_ALLOWED = "role: not one that this run may give"
+"""Why a line is refused whose role is not among those that the run may give."""
+
 PASSWORD_FORMS = {"raw": RAW_FORM, "nfkc": NFKC_FORM}
 """How the password was brought into form before it was hashed; other systems leave it as it was typed."""
 
@@ -48,6 +51,11 @@ _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE
 _IMPOSSIBLE = re.compile("[\0\ud800-\udfff]")
 _FIELD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,31}")
 _UTF8_MARK = b"\xef\xbb\xbf"
+# What a spreadsheet takes for the beginning of a formula (OWASP, CSV injection), in full width too, and the same behind
+# our marks.
+_FORMULA = re.compile(r"[=+\-@\t\r\n＝＋－＠]")  # noqa: RUF001  # those are meant
+_MARKED = re.compile(rf"'+{_FORMULA.pattern}")
+_TO_BE_MARKED = re.compile(rf"'*{_FORMULA.pattern}")
 
 
 class LineRefused(ValueError):
@@ -129,11 +137,17 @@ def _no_number(_word: str) -> None:
     raise LineRefused("the line is not valid JSON")  # NaN and Infinity
 
 
+def is_formula(cell: str) -> bool:
+    """Return whether a spreadsheet would take a cell for a formula and run it."""
+    return _FORMULA.match(cell) is not None
+
+
 def read_csv(source: BinaryIO, *, ignore_unknown: bool) -> Iterator[Line]:
     """
     Yield the record of every line after the header (RFC 4180); a quoted cell may hold line breaks.
 
-    An empty cell is an absent field. Raises FileRefused for a header that cannot be.
+    An empty cell is an absent field, and the mark that `write_csv` puts before a formula is taken off.
+    Raises FileRefused for a header that cannot be.
     """
     records = _csv_records(source)
     _, header = next(records, (1, "the file is empty"))
@@ -156,6 +170,8 @@ def read_csv(source: BinaryIO, *, ignore_unknown: bool) -> Iterator[Line]:
 
 def _cell(name: str, cell: str) -> Any:
     """Return what a cell stands for; spreadsheets write TRUE and FALSE."""
+    if _MARKED.match(cell):
+        return cell[1:]
     return {"true": True, "false": False}.get(cell.lower(), cell) if name in _FLAGS else cell
 
 
@@ -232,7 +248,7 @@ class ImportRules:
         except InvalidUser as error:
             raise LineRefused(str(error)) from None
         if (role := _text(fields, "role") or "user") not in self.roles:
-            raise LineRefused("role: not one that this run may give")
+            raise LineRefused(ROLE_NOT_ALLOWED)
         kept, form = _hash(fields)
         user = ImportedUser(
             id=_id(_text(fields, "id")),
@@ -328,12 +344,22 @@ def write_jsonl(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_csv(lines: Sequence[Mapping[str, Any]], *, header: bool) -> str:
-    """Return records as lines of a table with every column. Nothing is changed to please spreadsheets."""
+    """
+    Return records as lines of a table with every column.
+
+    An apostrophe marks what a spreadsheet would take for a formula, as well as what looks marked already, so that
+    `read_csv` gives back exactly what there was.
+    """
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     if header:
         writer.writerow(FIELDS)
     for fields in lines:
-        values = [fields.get(name, "") for name in FIELDS]
-        writer.writerow([str(value).lower() if isinstance(value, bool) else value for value in values])
+        writer.writerow([_written(fields.get(name, "")) for name in FIELDS])
     return text.getvalue()
+
+
+def _written(value: Any) -> Any:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"'{value}" if isinstance(value, str) and _TO_BE_MARKED.match(value) else value

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import csv
+import difflib
 import json
 import shutil
 import stat
@@ -19,9 +20,10 @@ from typing import IO, Annotated, Any
 
 import typer
 
-from identity_service.cli.common import ACTOR, AsJson, DataDir, Refused, opened, run, say, settings_for
+from identity_service.accounts.user_imports import is_formula
+from identity_service.cli.common import ACTOR, AsJson, DataDir, Keys, Refused, opened, run, say, settings_for
 from identity_service.infra import telemetry
-from identity_service.infra.audit import Anchor, AuditEvent, ChainBroken, Filters, Verification
+from identity_service.infra.audit import EVENTS, Anchor, AuditEvent, ChainBroken, Filters, Verification
 from identity_service.infra.database import Transaction
 from identity_service.main import Services
 from identity_service.settings import Settings
@@ -62,7 +64,17 @@ def _anchor(text: str) -> Anchor:
     raise typer.BadParameter("an anchor looks like 1234:b5bb…, as `audit anchor` prints it")
 
 
-OfEvent = Annotated[str | None, typer.Option(help="Only this event.")]
+def _event(text: str) -> str:
+    if text in EVENTS:
+        return text
+    near = difflib.get_close_matches(text, EVENTS, n=3, cutoff=0.5)
+    perhaps = f"; perhaps {' or '.join(near)}" if near else ""
+    raise typer.BadParameter(f"there is no such event{perhaps} (`identity-service audit events` lists all)")
+
+
+OfEvent = Annotated[
+    str | None, typer.Option(parser=_event, metavar="EVENT", help="Only this event; `audit events` lists them.")
+]
 OfActor = Annotated[str | None, typer.Option(help="Only what this one did: a user's or client's id, cli, schedule.")]
 OfTarget = Annotated[str | None, typer.Option(help="Only what was done to this one.")]
 OfClient = Annotated[str | None, typer.Option(help="Only what came through this client.")]
@@ -105,6 +117,13 @@ def list_audit(
     say([_shown(row) for row in found], "\n".join(map(_line, found)), as_json=as_json)
 
 
+@app.command("events")
+def list_events(as_json: AsJson = False) -> None:
+    """List every event that there can be, and what it means."""
+    width = max(map(len, EVENTS))
+    say(dict(EVENTS), "\n".join(f"{name:<{width}}  {meaning}" for name, meaning in EVENTS.items()), as_json=as_json)
+
+
 # -- the chain --------------------------------------------------------------------------------------------------------
 
 
@@ -138,7 +157,7 @@ def verify(
     settings = _settings(data_dir)
 
     async def main() -> Verification:
-        async with opened(settings) as services:
+        async with opened(settings, Keys.READ) as services:
             await services.db.run(lambda tx: _load_data_keys(services, tx))
             walk = services.audit_chain.verification(*anchors or ())
             while await services.db.run(walk.advance):
@@ -259,7 +278,7 @@ def _cell(value: Any) -> Any:
     """Return a value for a table: spreadsheets take what begins with some signs for a formula, so it gets another."""
     if isinstance(value, dict):
         value = json.dumps(value)
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+    return f"'{value}" if isinstance(value, str) and is_formula(value) else value
 
 
 @contextmanager

@@ -7,17 +7,20 @@ import re
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+from pydantic import SecretStr
 
 from identity_service.infra import telemetry
 from identity_service.infra.database import Transaction
 from identity_service.infra.runtime import Secret
+from identity_service.infra.runtime.envelope import new_master_key
 from identity_service.infra.tables import SCHEMA_REVISION
-from identity_service.main import Services, build_services, correct_clock, load_keys
-from identity_service.settings import Settings, load_settings
+from identity_service.main import NoMasterKeyYet, Services, build_services, correct_clock, load_keys
+from identity_service.settings import Settings, UnsafeSettings, load_settings
 
 Answer = TypeVar("Answer")
 
@@ -35,8 +38,16 @@ class Refused(Exception):
     """The command cannot do what it was asked; the message is for the person."""
 
 
+class Keys(Enum):
+    """What a command does with keys, and so whether it may make the master key of a development database."""
+
+    UNUSED = "it needs none"
+    READ = "it loads those there are"
+    MADE = "it loads them, and makes those that are missing"
+
+
 def settings_for(data_dir: Path | None, **given: Any) -> Settings:
-    """Return the settings of the environment, with what the command line says before them."""
+    """Return the settings of the environment, with what the command line says before them; raises UnsafeSettings."""
     given = {name: value for name, value in given.items() if value is not None}
     if data_dir is not None:
         given["data_dir"] = data_dir
@@ -45,7 +56,12 @@ def settings_for(data_dir: Path | None, **given: Any) -> Settings:
         named = given.get("database_url", os.environ.get("IDENTITY_DATABASE_URL"))
         if not named and not os.environ.get("IDENTITY_ENVIRONMENT"):
             given.setdefault("environment", "development")
-    return load_settings(**given)
+    try:
+        return load_settings(**given)
+    except UnsafeSettings as error:
+        if data_dir is None and "IDENTITY_DATABASE_URL is not set" in str(error):
+            raise UnsafeSettings(f"{error}\n(for the database of `make run`, add --data-dir .data)") from None
+        raise
 
 
 def unless_named(name: str, value: str) -> str | None:
@@ -54,11 +70,17 @@ def unless_named(name: str, value: str) -> str | None:
 
 
 @asynccontextmanager
-async def opened(settings: Settings) -> AsyncIterator[Services]:
+async def opened(settings: Settings, keys: Keys = Keys.UNUSED) -> AsyncIterator[Services]:
     """Yield the services on a database whose schema is new enough; raises Refused."""
     if (path := settings.sqlite_file) is not None and not path.exists():
         raise Refused(f"there is no database at {path}; `identity-service dev` and `identity-service migrate` make one")
-    services = build_services(settings)
+    try:
+        services = build_services(settings, make_master_key=keys is Keys.MADE)
+    except NoMasterKeyYet as error:
+        if keys is Keys.READ:
+            raise Refused(str(error)) from None
+        # Nothing was ever wrapped here and nothing will be by this command: a key that nobody keeps is good enough.
+        services = build_services(settings.model_copy(update={"master_key": SecretStr(new_master_key())}))
     try:
         revision = await services.db.revision()
         if revision is None or revision < SCHEMA_REVISION:
@@ -70,17 +92,17 @@ async def opened(settings: Settings) -> AsyncIterator[Services]:
 
 
 async def with_services(
-    settings: Settings, work: Callable[[Services, Transaction], Awaitable[Answer]], *, keys: bool = False
+    settings: Settings, work: Callable[[Services, Transaction], Awaitable[Answer]], *, keys: Keys = Keys.UNUSED
 ) -> Answer:
-    """Do `work` in one transaction; with `keys`, load the keys first and make those that are missing."""
-    async with opened(settings) as services:
-        if keys:
+    """Do `work` in one transaction, after loading the keys if it needs any."""
+    async with opened(settings, keys) as services:
+        if keys is not Keys.UNUSED:
             await load_keys(services)
         return await services.db.run(lambda tx: work(services, tx))
 
 
 def run(
-    data_dir: Path | None, work: Callable[[Services, Transaction], Awaitable[Answer]], *, keys: bool = False
+    data_dir: Path | None, work: Callable[[Services, Transaction], Awaitable[Answer]], *, keys: Keys = Keys.UNUSED
 ) -> Answer:
     """Do `work` on the configured database and return what it answers."""
     settings = settings_for(data_dir)

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from identity_service.accounts.clients import NO_AUTHENTICATION, NewClient
-from identity_service.cli.common import ACTOR, AsJson, DataDir, settings_for, unless_named, with_services
+from identity_service.cli.common import ACTOR, AsJson, DataDir, Keys, settings_for, unless_named, with_services
 from identity_service.cli.serving import bring_up_to_date, only_one_on_sqlite, run_server
 from identity_service.infra import telemetry
 from identity_service.infra.database import Transaction
@@ -102,7 +102,7 @@ def _prepare(settings: Settings, path: Path) -> Demo:
         )
         return Demo(_USERNAME, password, client.id)
 
-    demo = asyncio.run(with_services(settings, work, keys=True))
+    demo = asyncio.run(with_services(settings, work, keys=Keys.MADE))
     if demo != kept:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:

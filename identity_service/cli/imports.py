@@ -20,6 +20,7 @@ from typing import Annotated, Any, BinaryIO, final
 import typer
 
 from identity_service.accounts.user_imports import (
+    ROLE_NOT_ALLOWED,
     FileRefused,
     ImportRules,
     Line,
@@ -65,6 +66,7 @@ class Summary:
     imported: int = 0
     already_there: int = 0
     refused: int = 0
+    refused_for_role: int = 0
     without_password: int = 0
     weak_hashes: Counter[str] = field(default_factory=Counter)
 
@@ -117,6 +119,7 @@ def import_users(
     Fields: username and email; and, as far as they are known, email_verified (default false), name, role (user),
     enabled (true), created_at (ISO 8601 with an offset), id (a UUID, which stays the subject), password_hash, and
     password_form (raw, as the password was typed, or nfkc). Who has no password_hash chooses a password by a reset.
+    In CSV an apostrophe before what a spreadsheet takes for a formula is no part of it; `users export` puts it there.
     """
     chosen = file_format or _format_of(file)
     if report is not None and report.exists() and report.samefile(file):
@@ -135,6 +138,9 @@ def import_users(
             asyncio.run(run.main(settings, roles=split(allow_roles), ignore_unknown=ignore_unknown))
         except FileRefused as error:
             raise Refused(str(error)) from None
+    if summary.refused_for_role:
+        few = "1 line was" if summary.refused_for_role == 1 else f"{summary.refused_for_role} lines were"
+        typer.echo(f"{few} refused for the role; --allow-roles names the roles that a file may give", err=True)
     say({"dry_run": dry_run, **summary.counts()}, summary.text(), as_json=as_json)
     if summary.refused:
         raise typer.Exit(1)
@@ -209,6 +215,7 @@ class _ImportRun:
                     refused[number] = outcome.value
         summary.lines += len(batch)
         summary.refused += len(refused)
+        summary.refused_for_role += list(refused.values()).count(ROLE_NOT_ALLOWED)
         for line in batch:
             if line.number in refused:
                 self._refuse(line, refused[line.number])

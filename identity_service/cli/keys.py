@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from identity_service.cli.common import ACTOR, AsJson, DataDir, Refused, opened, run, say, settings_for
+from identity_service.cli.common import ACTOR, AsJson, DataDir, Keys, Refused, opened, run, say, settings_for
 from identity_service.infra import telemetry
 from identity_service.infra.database import Transaction
 from identity_service.main import Services
@@ -50,7 +50,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 @app.command("list")
 def list_keys(as_json: AsJson = False, data_dir: DataDir = None) -> None:
     """List signing keys with their states and instants."""
-    rows = run(data_dir, _schedule, keys=True)
+    rows = run(data_dir, _schedule, keys=Keys.READ)
     say(rows, _table(rows), as_json=as_json)
 
 
@@ -64,7 +64,7 @@ def rotate(as_json: AsJson = False, data_dir: DataDir = None) -> None:
         except NoUsableKey:
             raise Refused("no key is waiting; a running server makes one within seconds") from None
 
-    chosen = run(data_dir, work, keys=True)
+    chosen = run(data_dir, work, keys=Keys.MADE)
     say(
         _shown(chosen, KeyState.NEXT),
         f"{chosen.kid} signs from {chosen.activates_at.isoformat()}; caches will have it by then",
@@ -98,7 +98,7 @@ def compromise(
 
     bits = settings_for(data_dir).signing_key_bits
     spare = [generate(bits), generate(bits)]  # before any lock is taken: a large key can take seconds
-    hit, rows = run(data_dir, work, keys=True)
+    hit, rows = run(data_dir, work, keys=Keys.MADE)
     text = "\n".join([*(f"{name} is out of use" for name in hit), _table(rows)])
     if every:
         text += "\nThe new key was never published: siblings that cache the JWKS refuse tokens for up to 15 minutes."
@@ -117,7 +117,7 @@ def rewrap(as_json: AsJson = False, data_dir: DataDir = None) -> None:
         await services.audit.record(tx, "key.rewrapped", origin=None, actor=ACTOR, detail=done)
         return done
 
-    done = run(data_dir, work, keys=True)
+    done = run(data_dir, work, keys=Keys.MADE)
     say(done, f"{done['data_keys']} data keys and {done['signing_keys']} signing keys wrapped anew", as_json=as_json)
 
 

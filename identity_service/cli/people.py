@@ -9,8 +9,8 @@ import typer
 from identity_service.accounts.bootstrap import Bootstrap
 from identity_service.accounts.password_policy import PasswordRefused
 from identity_service.accounts.refresh_families import Session
-from identity_service.accounts.users import InvalidUser, NameTaken, User
-from identity_service.cli.common import ACTOR, AsJson, DataDir, Refused, read_password, run, say
+from identity_service.accounts.users import InvalidUser, NameTaken, State, User
+from identity_service.cli.common import ACTOR, AsJson, DataDir, Keys, Refused, read_password, run, say
 from identity_service.infra.database import Transaction
 from identity_service.infra.outbox import MailQueueFull
 from identity_service.main import Services
@@ -22,6 +22,9 @@ PasswordStdin = Annotated[
 ]
 Name = Annotated[str, typer.Argument(help="Username or address.")]
 
+_MOST_NAMESAKES = 20
+"""How many are looked at of the deleted users whose names begin like one; those who bore that very name come first."""
+
 
 def _shown(user: User) -> dict[str, Any]:
     return {
@@ -32,11 +35,13 @@ def _shown(user: User) -> dict[str, Any]:
         "role": user.role,
         "enabled": user.enabled,
         "created_at": user.created_at.isoformat(),
+        **({"deleted_at": user.deleted_at.isoformat()} if user.deleted_at else {}),
     }
 
 
 def _line(user: User) -> str:
-    return f"{user.id}  {user.username:<24} {user.role:<12} {'enabled' if user.enabled else 'disabled':<9} {user.email}"
+    state = "deleted" if user.deleted_at else "enabled" if user.enabled else "disabled"
+    return f"{user.id}  {user.username:<24} {user.role:<12} {state:<9} {user.email}"
 
 
 @app.command()
@@ -73,12 +78,17 @@ def create(
 @app.command("list")
 def list_users(
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="The most to print; the newest come first.")] = 100,
+    deleted: Annotated[
+        bool, typer.Option("--deleted", help="List those who were deleted and can be restored, by the names they had.")
+    ] = False,
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
     """List users."""
 
     async def work(services: Services, tx: Transaction) -> list[User]:
+        if deleted:
+            return (await services.users.search(tx, state=State.DELETED, limit=limit)).users
         return await services.users.all(tx, limit=limit)
 
     found = run(data_dir, work)
@@ -163,7 +173,7 @@ def set_password(
             await services.throttle.forgive(known_as)
         return user
 
-    user = run(data_dir, work, keys=True)
+    user = run(data_dir, work, keys=Keys.MADE)
     say(_shown(user), _line(user), as_json=as_json)
 
 
@@ -221,21 +231,34 @@ def delete(
     say({"id": str(user.id), "username": user.username, "purged": purge}, text, as_json=as_json)
 
 
+_NOBODY_DELETED = "there is no such deleted user; `identity-service users list --deleted` shows those there are"
+
+
+async def _deleted(services: Services, tx: Transaction, name: str) -> uuid.UUID:
+    """Return the id of the deleted user who had this name; raises Refused, also where several had it."""
+    wanted = name.lower()
+    found = (await services.users.search(tx, q=wanted, state=State.DELETED, limit=_MOST_NAMESAKES)).users
+    ids = [user.id for user in found if wanted in (user.username, user.email.lower())]
+    if not ids:
+        raise Refused(_NOBODY_DELETED)
+    if len(ids) > 1:
+        raise Refused(f"several deleted users had that name, say which: {', '.join(map(str, ids))}")
+    return ids[0]
+
+
 @app.command()
 def restore(
-    user_id: Annotated[str, typer.Argument(help="The id of the deleted user.")],
+    name: Annotated[str, typer.Argument(help="The id of the deleted user, or the username or address they had.")],
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
     """Undo a deletion. The names come back; sessions, API keys and the password do not."""
 
     async def work(services: Services, tx: Transaction) -> User:
-        if (deleted := _identified(user_id)) is None:
-            raise Refused("there is no such deleted user")
         try:
-            user = await services.users.restore(tx, deleted)
+            user = await services.users.restore(tx, _identified(name) or await _deleted(services, tx, name))
         except LookupError:
-            raise Refused("there is no such deleted user") from None
+            raise Refused(_NOBODY_DELETED) from None
         except NameTaken:
             raise Refused("somebody took the username or the address meanwhile") from None
         for key in await services.api_keys.list(tx, user.id):
@@ -305,7 +328,7 @@ def force_reset(name: Name, as_json: AsJson = False, data_dir: DataDir = None) -
             raise Refused("too many mails wait already; nothing was changed") from None
         return user, True
 
-    user, mail_sent = run(data_dir, work, keys=True)
+    user, mail_sent = run(data_dir, work, keys=Keys.MADE)
     hint = (
         "a mail with a link is queued"
         if mail_sent

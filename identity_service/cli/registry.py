@@ -1,5 +1,6 @@
 """Commands about registered clients, and about roles."""
 
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Annotated, Any
 
@@ -13,7 +14,9 @@ from identity_service.accounts.clients import (
     Client,
     InvalidClientMetadata,
     NewClient,
+    NewSecret,
 )
+from identity_service.accounts.clients.metadata import TOKEN_EXCHANGE
 from identity_service.cli.common import ACTOR, AsJson, DataDir, Refused, run, say, split
 from identity_service.infra.database import Transaction
 from identity_service.infra.runtime import Secret
@@ -58,9 +61,57 @@ def _grant(word: str) -> str:
     return _GRANT_NAMES.get(word.replace("-", "_"), word)
 
 
-def _line(client: Client) -> str:
-    state = "enabled" if client.enabled else "disabled"
-    return f"{client.id}  {state:<9} {client.name}  ({', '.join(sorted(client.grant_types))})"
+def _short(grant: str) -> str:
+    return next(word for word, name in _GRANT_NAMES.items() if name == grant)
+
+
+def _table(found: Sequence[Client]) -> str:
+    """Return clients for people, a line for each: id, state, type, name, grants, scopes, audiences."""
+    rows = [
+        (
+            client.id,
+            "enabled" if client.enabled else "disabled",
+            "public" if client.public else "confidential",
+            client.name,
+            ",".join(sorted(map(_short, client.grant_types))) or "-",
+            ",".join(client.scope) or "-",
+            ",".join(client.audiences) or "-",
+        )
+        for client in found
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _useless(client: Client, served: Iterable[str]) -> list[str]:
+    """Return what the client was registered with to no purpose; `served` are the grants that this service has."""
+    names = ", ".join(sorted(map(_short, client.grant_types - set(served))))
+    begins_sessions = client.grant_types - {"refresh_token", "client_credentials", TOKEN_EXCHANGE}
+    exchanges = TOKEN_EXCHANGE in client.grant_types
+    faults = {
+        f"this service does not have the grant {names}": bool(names),
+        "token_exchange is of no use without an --exchange-audience": exchanges and not client.exchange_audiences,
+        "--exchange-audience is of no use without --grant token_exchange": (
+            bool(client.exchange_audiences) and not exchanges
+        ),
+        "authorization_code is of no use without a --redirect-uri": (
+            "authorization_code" in client.grant_types and not client.redirect_uris
+        ),
+        "refresh_token is of no use without a grant that a person signs in by": (
+            "refresh_token" in client.grant_types and not begins_sessions
+        ),
+    }
+    return [fault for fault, found in faults.items() if found]
+
+
+def _tell(new_scopes: Iterable[str], faults: Iterable[str] = ()) -> None:
+    """Say, beside what is printed, which scopes there were not before, and what is of no use."""
+    for scope in new_scopes:
+        typer.echo(f"defined new scope {scope}", err=True)
+    for fault in faults:
+        typer.echo(f"warning: {fault}", err=True)
 
 
 @clients_app.command()
@@ -104,16 +155,17 @@ def create(
         refresh_retry_window=refresh_retry_window,
     )
 
-    async def work(services: Services, tx: Transaction) -> tuple[Client, Secret | None]:
+    async def work(services: Services, tx: Transaction) -> tuple[Client, Secret | None, list[str], list[str]]:
         try:
             client, secret = await services.clients.register(tx, new)
         except InvalidClientMetadata as error:
             raise Refused(str(error)) from None
-        await services.access.define(tx, client.scope)
+        new_scopes = await services.access.define(tx, client.scope)
         await services.audit.record(tx, "client.created", origin=None, actor=ACTOR, target=client.id)
-        return client, secret
+        return client, secret, new_scopes, _useless(client, services.pipeline.grant_types)
 
-    client, secret = run(data_dir, work)
+    client, secret, new_scopes, faults = run(data_dir, work)
+    _tell(new_scopes, faults)
     text = f"client_id     {client.id}"
     if secret is not None:
         text += f"\nclient_secret {secret.reveal()}   (shown this once)"
@@ -159,7 +211,7 @@ def update(
     }
     changes = {field: value for field, value in given.items() if value is not None}
 
-    async def work(services: Services, tx: Transaction) -> Client:
+    async def work(services: Services, tx: Transaction) -> tuple[Client, list[str], list[str]]:
         client = await services.clients.locked(tx, client_id)
         if client is None:
             raise Refused("there is no such client")
@@ -167,15 +219,16 @@ def update(
             client = await services.clients.update(tx, client, changes)
         except InvalidClientMetadata as error:
             raise Refused(str(error)) from None
-        await services.access.define(tx, client.scope)
+        new_scopes = await services.access.define(tx, client.scope)
         detail = {"fields": sorted(changes)}
         await services.audit.record(tx, "client.updated", origin=None, actor=ACTOR, target=client_id, detail=detail)
-        return client
+        return client, new_scopes, _useless(client, services.pipeline.grant_types)
 
     if not changes:
         raise Refused("say what is to be changed")
-    client = run(data_dir, work)
-    say(_shown(client), _line(client), as_json=as_json)
+    client, new_scopes, faults = run(data_dir, work)
+    _tell(new_scopes, faults)
+    say(_shown(client), _table([client]), as_json=as_json)
 
 
 @clients_app.command()
@@ -197,13 +250,13 @@ def delete(client_id: ClientId, as_json: AsJson = False, data_dir: DataDir = Non
 
 @clients_app.command("list")
 def list_clients(as_json: AsJson = False, data_dir: DataDir = None) -> None:
-    """List clients."""
+    """List clients: id, state, type, name, and the grants, scopes and audiences they may ask for."""
 
     async def work(services: Services, tx: Transaction) -> list[Client]:
         return await services.clients.all(tx)
 
     found = run(data_dir, work)
-    say([_shown(client) for client in found], "\n".join(map(_line, found)), as_json=as_json)
+    say([_shown(client) for client in found], _table(found), as_json=as_json)
 
 
 @clients_app.command("rotate-secret")
@@ -215,7 +268,7 @@ def rotate_secret(
 ) -> None:
     """Make a new secret and let the old one end after an overlap; prints it this once."""
 
-    async def work(services: Services, tx: Transaction) -> Secret:
+    async def work(services: Services, tx: Transaction) -> NewSecret:
         try:
             secret = await services.clients.rotate_secret(tx, client_id, overlap=timedelta(seconds=overlap))
         except LookupError:
@@ -225,7 +278,7 @@ def rotate_secret(
         await services.audit.record(tx, "client.secret_rotated", origin=None, actor=ACTOR, target=client_id)
         return secret
 
-    secret = run(data_dir, work).reveal()
+    secret = run(data_dir, work).text.reveal()
     say(
         {"client_id": client_id, "client_secret": secret, "old_secret_ends_in": overlap},
         f"client_secret {secret}   (shown this once; the old one works for {overlap} s)",
@@ -273,12 +326,13 @@ def list_roles(as_json: AsJson = False, data_dir: DataDir = None) -> None:
 
 
 def _change_role(role: str, scopes: list[str], data_dir: Any, *, grant: bool) -> None:
-    async def work(services: Services, tx: Transaction) -> None:
+    async def work(services: Services, tx: Transaction) -> list[str]:
+        new: list[str] = []
         if role not in await services.access.role_names(tx):
             raise Refused("there is no such role")
         if grant:
             try:
-                await services.access.define(tx, scopes)
+                new = await services.access.define(tx, scopes)
             except InvalidScopeName as error:
                 raise Refused(str(error)) from None
             await services.access.grant(tx, role, scopes)
@@ -286,8 +340,9 @@ def _change_role(role: str, scopes: list[str], data_dir: Any, *, grant: bool) ->
             await services.access.withdraw(tx, role, scopes)
         event = "role.granted" if grant else "role.withdrawn"
         await services.audit.record(tx, event, origin=None, actor=ACTOR, target=role, detail={"scopes": scopes})
+        return new
 
-    run(data_dir, work)
+    _tell(run(data_dir, work))
     typer.echo(f"{role}: {'granted' if grant else 'withdrawn'} {' '.join(scopes)}")
 
 

@@ -135,7 +135,7 @@ users = Table(
     Column("password_hash", Text),
     Column("password_form", Integer, nullable=False),
     Column("password_changed_at", UtcDateTime),
-    Column("role", ForeignKey("roles.name"), nullable=False, index=True),
+    Column("role", ForeignKey("roles.name"), nullable=False),
     Column("enabled", Boolean, nullable=False),
     Column("epoch", BigInteger, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
@@ -145,8 +145,8 @@ users = Table(
     Column("deleted_as", JsonValue),  # the names of a deleted user, whom others may have taken meanwhile
 )
 Index("ix_users_role_id", users.c.role, users.c.id)
-# PostgreSQL has two more, ix_users_username_c and ix_users_email_canonical_c, which only the migration can spell: a
-# search by prefix that is sorted and paged needs an index in the collation "C".
+# PostgreSQL has four more, on username and on email_canonical, each alone and within a role, which only the migration
+# can spell: a search by prefix that is sorted and paged needs an index in the collation "C".
 for _name, _condition in {
     "ix_users_disabled": "NOT enabled",
     "ix_users_unverified": "email_verified_at IS NULL",

@@ -2,10 +2,17 @@
 
 from identity_service.main.app import Application, create_app
 from identity_service.main.jobs import correct_clock, load_keys, step_keys
-from identity_service.main.services import Services, build_services, development_key_file, load_master_keys
+from identity_service.main.services import (
+    NoMasterKeyYet,
+    Services,
+    build_services,
+    development_key_file,
+    load_master_keys,
+)
 
 __all__ = [
     "Application",
+    "NoMasterKeyYet",
     "Services",
     "build_services",
     "correct_clock",

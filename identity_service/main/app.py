@@ -162,6 +162,7 @@ def _routers(services: Services) -> list[APIRouter]:
         services.clients,
         services.access,
         services.api_keys,
+        services.audit,
         services.limiter,
         services.local_limiter,
         services.clock,

@@ -47,18 +47,24 @@ from identity_service.web.paging import Cursors
 log = structlog.get_logger(__name__)
 
 
-def load_master_keys(settings: Settings) -> MasterKeys:
+class NoMasterKeyYet(MasterKeyError):
+    """Nobody has made the master key of a development database yet, and nothing is wrapped with one."""
+
+
+def load_master_keys(settings: Settings, *, make: bool = True) -> MasterKeys:
     """
     Return the master keys of the settings; development makes one on first use, readable by its owner only.
 
-    Raises MasterKeyError. Nothing is ever generated where a key was named, or where a database holds keys already: a
-    new one could unwrap none of them.
+    Raises MasterKeyError; without `make`, NoMasterKeyYet where one would have been made. Nothing is ever generated
+    where a key was named, or where a database holds keys already: a new one could unwrap none of them.
     """
     if text := settings.master_key.get_secret_value():
         return MasterKeys.parse(text)
     path = settings.master_key_file or development_key_file(settings.data_dir)
     ours_to_make = settings.master_key_file is None and not settings.production and not path.exists()
     if ours_to_make and not _holds_keys(settings):
+        if not make:
+            raise NoMasterKeyYet("there is no master key yet; `identity-service dev` makes one when it first starts")
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
@@ -75,9 +81,19 @@ def load_master_keys(settings: Settings) -> MasterKeys:
 
 
 def development_key_file(data_dir: Path) -> Path:
-    """Return where one machine keeps its master key: `keys/` for the default data directory, else inside it."""
+    """
+    Return where one machine keeps its master key: in `keys/` beside a data directory called `.data`, else inside it.
+
+    That depends on the data directory alone, so a command finds the key wherever it is run. For a `.data` without a
+    key beside it, one that is inside counts.
+    """
+    inside = data_dir / "master.key"
     default: Path = Settings.model_fields["data_dir"].default
-    return Path("keys/master.key") if data_dir.resolve() == default.resolve() else data_dir / "master.key"
+    named = data_dir if data_dir.name == default.name else data_dir.resolve()
+    if named.name != default.name:
+        return inside
+    beside = named.parent / "keys" / "master.key"
+    return inside if inside.exists() and not beside.exists() else beside
 
 
 def _holds_keys(settings: Settings) -> bool:
@@ -138,14 +154,20 @@ def _silent(_line: str) -> None:
     """Say nothing."""
 
 
-def build_services(settings: Settings, *, clock: Clock | None = None, say: Callable[[str], None] = _silent) -> Services:
+def build_services(
+    settings: Settings,
+    *,
+    clock: Clock | None = None,
+    say: Callable[[str], None] = _silent,
+    make_master_key: bool = True,
+) -> Services:
     """
-    Build the objects; nothing connects yet. Raises MasterKeyError, UnsafeSettings.
+    Build the objects; nothing connects yet. Raises MasterKeyError (see `load_master_keys`), UnsafeSettings.
 
     `say` hears of each mail that a development server writes instead of sending it.
     """
     clock = clock or SystemClock()
-    master = load_master_keys(settings)
+    master = load_master_keys(settings, make=make_master_key)
     db = Database(settings.database, pool_size=settings.database_pool_size)
     data_keys = DataKeys(master, clock)
     key_policy = KeyPolicy(

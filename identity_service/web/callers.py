@@ -64,12 +64,6 @@ class Caller:
         return self.key_id is None and not self.delegated
 
 
-def check_first_hand(caller: Caller) -> None:
-    """Raise Forbidden for a credential that was handed on: what leaks must not make others that outlive it."""
-    if not caller.first_hand:
-        raise Forbidden("This needs a session, or a service's own token.")
-
-
 async def note(
     audit: AuditTrail,
     tx: Transaction,
@@ -92,10 +86,21 @@ async def note(
 
 @dataclass(frozen=True, slots=True)
 class AccessRule:
-    """What a route demands: a scope, and whether a person must be behind it. No scope: anybody may call."""
+    """
+    What a route demands: a scope, a person behind it, and a credential that was not handed on. No scope: anybody.
+
+    An API key lies in a file and an exchanged token with a service; what leaks must neither take an account over nor
+    make credentials that outlive it.
+    """
 
     scope: str | None
     person: bool = False
+    first_hand: bool = False
+
+    @property
+    def not_first_hand(self) -> str:
+        """What is said to a credential that was handed on."""
+        return "This needs a session" + (" of the person's own." if self.person else ", or a service's own token.")
 
 
 @final
@@ -157,6 +162,7 @@ class Callers:
         clients: Clients,
         access: Access,
         api_keys: ApiKeys,
+        audit: AuditTrail,
         limiter: Limiter,
         local: Limiter,
         clock: Clock,
@@ -172,6 +178,7 @@ class Callers:
         self._clients = clients
         self._access = access
         self._api_keys = api_keys
+        self._audit = audit
         self._limiter = limiter
         self._local = local
         self._general = general
@@ -190,9 +197,11 @@ class Callers:
         visitor.rule = AccessRule(None)  # type: ignore[attr-defined]  # read by the test that walks the routes
         return visitor
 
-    def needs(self, scope: str, *, person: bool = False) -> Callable[[Request], Awaitable[Entry]]:
-        """Return the dependency of a route that demands a scope and, with `person`, a person."""
-        rule = AccessRule(scope, person)
+    def needs(
+        self, scope: str, *, person: bool = False, first_hand: bool = False
+    ) -> Callable[[Request], Awaitable[Entry]]:
+        """Return the dependency of a route that demands what AccessRule says."""
+        rule = AccessRule(scope, person, first_hand)
 
         async def entry(request: Request) -> Entry:
             headers = Headers(request.scope["headers"])
@@ -204,9 +213,11 @@ class Callers:
                 return await self._by_api_key(request, Secret(keys[0]), origin, rule)
             claims = self._bearer.read(headers)
             request.scope["state"]["client_id"] = claims.client_id
-            if rule.scope not in claims.scope:  # said before anything is said about the body, and of live tokens only
+            handed_on = rule.first_hand and "act" in claims.claims
+            if rule.scope not in claims.scope or handed_on:
+                # Said before anything is said about the body, and of live tokens only.
                 await self._db.run(lambda tx: self._bearer.check_live(tx, claims))
-                raise InsufficientScope(scope)
+                raise Forbidden(rule.not_first_hand) if handed_on else InsufficientScope(scope)
             check_parameters(request)
             await spend(self._local, [Spend(self._general, f"t:{claims.subject}:{claims.client_id}")])
             return Entry(self._db, lambda tx: self._by_token(tx, claims, origin, rule), origin)
@@ -248,7 +259,7 @@ class Callers:
         held: LiveKey | KeyRefused = KeyRefused("malformed")
         if presented is not None:
             known = presented
-            held = await self._db.run(lambda tx: self._api_keys.check(tx, known, network=origin.network))
+            held = await self._db.run(lambda tx: self._look_at_key(tx, known, origin))
         if presented is None or (isinstance(held, KeyRefused) and held.reason != "network"):
             # Only who shows a bad key is held up: others in the same network have good ones.
             who = ("api_key", origin.network)
@@ -261,8 +272,24 @@ class Callers:
             raise Forbidden("The key may not be used from here.")
         if rule.scope is not None and rule.scope not in held.scope:
             raise InsufficientScope(rule.scope)
+        if rule.first_hand:
+            raise Forbidden(rule.not_first_hand)
         check_parameters(request)
         return Entry(self._db, lambda tx: self._key_caller(tx, presented, origin, rule), origin)
+
+    async def _look_at_key(self, tx: Transaction, presented: PresentedKey, origin: Origin) -> LiveKey | KeyRefused:
+        """Return what a key is good for; one that was ours and is no longer good leaves its mark in the audit trail."""
+        held = await self._api_keys.check(tx, presented, network=origin.network)
+        if isinstance(held, KeyRefused) and held.genuine:
+            await self._audit.record_failure(
+                tx,
+                "api_key.refused",
+                origin=origin,
+                target=presented.key_id,
+                client_id=None,
+                detail={"reason": held.reason},
+            )
+        return held
 
     async def _key_caller(self, tx: Transaction, presented: PresentedKey, origin: Origin, rule: AccessRule) -> Caller:
         held = await self._api_keys.check(tx, presented, network=origin.network)

@@ -26,7 +26,7 @@ _WORDS = {
     412: "It was changed meanwhile (If-Match).",
     413: "The body is too large.",
     414: "The URL is too long.",
-    415: "The body is compressed.",
+    415: "The body is compressed, or is not sent as JSON.",
     422: "The request is not valid; `errors` says where.",
     429: "A limit was reached; `Retry-After` says for how long.",
     431: "The headers are too large.",
@@ -101,7 +101,10 @@ def document(app: FastAPI, *, grant_types: Sequence[str]) -> dict[str, Any]:
         if not route.include_in_schema:
             continue
         rule = rule_of(route)
-        security = [{"oauth2": [rule.scope]}, {"bearer": []}, {"api_key": []}] if rule.scope else []
+        security: list[dict[str, list[str]]] = []
+        if rule.scope:
+            security = [{"oauth2": [rule.scope]}, {"bearer": []}]
+            security += [] if rule.first_hand else [{"api_key": []}]
         for method in route.methods or ():
             described["paths"][route.path_format][method.lower()]["security"] = security
     described["paths"] |= _protocol_paths(grant_types)

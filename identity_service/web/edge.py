@@ -20,6 +20,7 @@ from identity_service.web.asgi import JSON, NO_STORE, AsgiApp, Headers, Receive,
 from identity_service.web.cors import PUBLIC_DOCUMENTS, Cors
 from identity_service.web.deps import IPNetwork, network_of
 from identity_service.web.errors import problem, problem_of
+from identity_service.web.forms import LARGEST_BODY
 
 log = structlog.get_logger("identity_service.access")
 
@@ -166,6 +167,9 @@ class Edge:
         path: str = scope["path"]
         endpoint = self._endpoints.get(path)
         if endpoint is None:
+            if _announces_too_much(scope):  # the framework would say so in plain text
+                await problem(413, "The body is too large.").send(send)
+                return "refused"
             await self._app(scope, receive, send)
             route = scope.get("route")
             return str(getattr(route, "path", "unmatched"))
@@ -225,6 +229,11 @@ def _is_among(peer: str, networks: tuple[IPNetwork, ...]) -> bool:
         return False
     address = getattr(address, "ipv4_mapped", None) or address
     return any(address in network for network in networks)
+
+
+def _announces_too_much(scope: Scope) -> bool:
+    lengths = Headers(scope["headers"]).all("content-length")
+    return any(length.isdecimal() and int(length[:20]) > LARGEST_BODY for length in lengths)
 
 
 def _is_text(encoded: bytes) -> bool:

@@ -1,9 +1,11 @@
 """What the JSON API answers when something is wrong: a problem (RFC 9457), never the framework's own echo."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any, get_args
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from identity_service.infra.database import DatabaseUnavailable
@@ -14,6 +16,7 @@ from identity_service.web.asgi import Reply
 from identity_service.web.deps import InsufficientScope, Unauthenticated
 from identity_service.web.errors import note, problem, problem_of
 from identity_service.web.problems import Problem
+from identity_service.web.strict import Unfit
 
 
 def install_error_pages(app: FastAPI) -> None:
@@ -27,19 +30,21 @@ def install_error_pages(app: FastAPI) -> None:
         request.scope["state"]["reason"] = error.reason
         challenge = f'Bearer error="{error.code}"' if error.code else "Bearer"
         return respond(
-            problem(401, "A valid access token is needed.", headers=[(b"www-authenticate", challenge.encode())])
+            problem(
+                401, "A valid access token or API key is needed.", headers=[(b"www-authenticate", challenge.encode())]
+            )
         )
 
     @app.exception_handler(InsufficientScope)
     async def insufficient(request: Request, error: InsufficientScope) -> Response:
         challenge = f'Bearer error="insufficient_scope", scope="{error.scope}"'
         return respond(
-            problem(403, "The access token may not do this.", headers=[(b"www-authenticate", challenge.encode())])
+            problem(403, f"This needs the scope {error.scope}.", headers=[(b"www-authenticate", challenge.encode())])
         )
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        faults = [_fault(fault["loc"], fault["type"]) for fault in error.errors()]
+        faults = [_fault(fault, _members(request)) for fault in error.errors()]
         return respond(problem(422, "The request is not valid.", errors=faults))
 
     @app.exception_handler(HTTPException)
@@ -62,22 +67,49 @@ _WORDS = {
     "extra_forbidden": "has a member that is not known",
     "string_type": "must be a text",
     "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
     "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
     "list_type": "must be a list",
     "model_attributes_type": "must be an object",
     "model_type": "must be an object",
-    "literal_error": "must be one of the listed values",
-    "enum": "must be one of the listed values",
-    "string_too_short": "is too short",
-    "string_too_long": "is too long",
-    "too_long": "has too many items",
-    "too_short": "has too few items",
+    "literal_error": "must be one of {expected}",
+    "enum": "must be one of {expected}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than_equal": "must be at most {le}",
+    "string_too_short": "must have at least {min_length} characters",
+    "string_too_long": "must have at most {max_length} characters",
+    "string_pattern_mismatch": "must match {pattern}",
+    "too_short": "must have at least {min_length} items",
+    "too_long": "must have at most {max_length} items",
+    **dict.fromkeys(
+        ("datetime_type", "datetime_parsing", "datetime_from_date_parsing", "timezone_aware"),
+        "must be an instant with an offset, as 2030-01-31T12:00:00Z",
+    ),
+    "uuid_parsing": "must be a UUID",
+    "uuid_type": "must be a UUID",
 }
-"""Ours and not the validator's: its messages can repeat what was sent."""
+_RULES = ("expected", "ge", "le", "min_length", "max_length", "pattern")
+"""Ours and not the validator's, whose messages can repeat what was sent; what they name is the route's own rule."""
 
 
-def _fault(where: Sequence[int | str], kind: str) -> dict[str, str]:
+def _members(request: Request) -> str:
+    """Return the members that the body of this route may have."""
+    field = getattr(request.scope.get("route"), "body_field", None)
+    model = field.field_info.annotation if field is not None else None
+    models = [one for one in (model, *get_args(model)) if isinstance(one, type) and issubclass(one, BaseModel)]
+    return ", ".join(sorted({name for one in models for name in one.model_fields}))
+
+
+def _fault(fault: Mapping[str, Any], members: str) -> dict[str, str]:
     """Return what is wrong and where, without the value; the name of a member that we do not know is one."""
+    where, kind = fault["loc"], fault["type"]
     place = where[1:-1] if kind == "extra_forbidden" else where[1:]
     pointer = "".join(f"/{part}".replace("~", "~0") if isinstance(part, str) else f"/{part}" for part in place)
-    return {"pointer": pointer, "detail": _WORDS.get(kind, "is not valid")}
+    rule = {name: value for name, value in fault.get("ctx", {}).items() if name in _RULES}
+    detail = _WORDS.get(kind, "is not valid").format_map(rule)
+    if kind == "extra_forbidden" and not place:
+        detail += f"; known: {members}"
+    if isinstance(unfit := fault.get("ctx", {}).get("error"), Unfit):
+        detail = str(unfit)
+    return {"pointer": pointer, "detail": detail}

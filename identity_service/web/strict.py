@@ -28,9 +28,13 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True, frozen=True)
 
 
+class Unfit(ValueError):
+    """A value cannot be. The message is shown to the caller: a constant of ours, which never repeats the value."""
+
+
 def _printable(text: str) -> str:
     if not text.isprintable():
-        raise ValueError("must be printable")
+        raise Unfit("must be printable")
     return text
 
 
@@ -131,6 +135,14 @@ def check_parameters(request: Request) -> None:
         raise Invalid(Fault("", f"the URL has a parameter that is not known; known: {', '.join(known) or 'none'}"))
 
 
+def _is_json(content_type: str) -> bool:
+    return content_type.partition(";")[0].strip().lower() == "application/json"
+
+
+def _has_body(request: Request) -> bool:
+    return request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
+
+
 class StrictRoute(APIRoute):
     """A route that reads its body strictly."""
 
@@ -141,6 +153,9 @@ class StrictRoute(APIRoute):
         async def strict(request: Request) -> Response:
             if any(coding != "identity" for coding in request.headers.getlist("content-encoding")):
                 raise Problem(415, "The body must not be compressed.")
+            expected = self.body_field is not None and _has_body(request)
+            if expected and not all(map(_is_json, request.headers.getlist("content-type") or [""])):
+                raise Problem(415, "The body must be sent as application/json.")
             return await handler(_StrictRequest(request.scope, request.receive))
 
         return strict

@@ -27,7 +27,10 @@ _INDEXES = {
 _ON_POSTGRESQL = {
     "ix_users_username_c": 'INDEX {} ON users (username COLLATE "C")',
     "ix_users_email_canonical_c": 'INDEX {} ON users (email_canonical COLLATE "C")',
+    "ix_users_role_username_c": 'INDEX {} ON users (role, username COLLATE "C")',
+    "ix_users_role_email_canonical_c": 'INDEX {} ON users (role, email_canonical COLLATE "C")',
 }
+_SUPERSEDED = "ix_users_role"  # by the indexes that begin with the role
 _INVALID = sa.text("SELECT c.relname FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid WHERE NOT i.indisvalid")
 
 
@@ -36,6 +39,7 @@ def upgrade() -> None:
     if op.get_bind().dialect.name != "postgresql":
         for name, definition in _INDEXES.items():
             op.execute("CREATE " + definition.format(f"IF NOT EXISTS {name}"))
+        op.execute(f"DROP INDEX IF EXISTS {_SUPERSEDED}")
         return
     with op.get_context().autocommit_block():
         broken = set(op.get_bind().execute(_INVALID).scalars())
@@ -43,9 +47,11 @@ def upgrade() -> None:
             if name in broken:
                 op.execute(f"DROP INDEX CONCURRENTLY {name}")
             op.execute("CREATE " + definition.format(f"CONCURRENTLY IF NOT EXISTS {name}"))
+        op.execute(f"DROP INDEX CONCURRENTLY IF EXISTS {_SUPERSEDED}")
 
 
 def downgrade() -> None:
-    """Drop the indexes."""
+    """Drop the indexes, and build the one that they superseded."""
+    op.execute(f"CREATE INDEX IF NOT EXISTS {_SUPERSEDED} ON users (role)")
     for name in {**_INDEXES, **_ON_POSTGRESQL}:
         op.execute(f"DROP INDEX IF EXISTS {name}")

@@ -88,8 +88,8 @@ ROUTES: dict[tuple[str, str], str | None] = {
 PAGES = {("GET", path) for path in ("/verify-email", "/reset-password", "/change-email")} | {
     ("POST", path) for path in ("/verify-email", "/reset-password", "/change-email")
 }
-# Where nothing stands in for a person's own sign-in: an API key, which lies in a file, must not take an account over.
-PERSONS_ONLY = {
+# Where a credential that was handed on will not do: an API key lies in a file, an exchanged token with a service.
+FIRST_HAND = {
     *(("DELETE", "/v1/users/me"), ("POST", "/v1/users/me/email"), ("POST", "/v1/users/me/password")),
     *(("GET", "/v1/users/me/export"), ("POST", "/v1/users/me/api-keys")),
     *(("POST", "/v1/users/me/api-keys/{key_id}/rotate"), ("DELETE", "/v1/users/me/api-keys/{key_id}")),
@@ -120,9 +120,22 @@ def routes(service: Service) -> dict[tuple[str, str], Any]:
 
 async def test_the_table_names_every_route_and_what_it_demands(api: Service) -> None:
     """A new route without an entry fails here, and one whose demand changes as well."""
-    known = {where: rule_of(route).scope for where, route in routes(api).items()}
+    known = {where: rule_of(route) for where, route in routes(api).items()}
     assert {where for where in known if where in PAGES} == PAGES
-    assert {where: scope for where, scope in known.items() if where not in PAGES} == ROUTES
+    assert {where: rule.scope for where, rule in known.items() if where not in PAGES} == ROUTES
+    assert {where for where, rule in known.items() if rule.first_hand} == FIRST_HAND
+
+
+async def test_the_document_offers_an_api_key_where_one_will_do(api: Service) -> None:
+    """And nowhere else, so that nobody builds on what is refused."""
+    paths = (await api.http.get("/openapi.json")).json()["paths"]
+    offered = {
+        (method.upper(), path)
+        for path, methods in paths.items()
+        for method, described in methods.items()
+        if {"api_key": []} in described["security"]
+    }
+    assert offered == set(DEMANDING) - FIRST_HAND
 
 
 @dataclass(frozen=True)
@@ -227,8 +240,8 @@ async def test_an_api_key_opens_what_its_scope_opens_and_nothing_that_takes_an_a
     by_scope = {scope: await api_key(api, token, [scope]) for scope in sorted({s for s in ROUTES.values() if s})}
     for method, path in DEMANDING:
         answer = await ask(api, method, path, {"x-api-key": by_scope[str(ROUTES[method, path])]})
-        if (method, path) in PERSONS_ONLY:
-            assert answer.status_code in (403, 422), f"{method} {path}: {answer.status_code}"
+        if (method, path) in FIRST_HAND:
+            assert answer.status_code == 403, f"{method} {path}: {answer.status_code}"
         else:
             assert answer.status_code not in (401, 403, 500, 503), f"{method} {path}: {answer.status_code}"
 

@@ -10,9 +10,10 @@ from urllib.parse import quote_plus
 import pytest
 from sqlalchemy import text
 
+from tests.support.asking import WireAnswer
 from tests.support.refusals import CODES, written
 from tests.support.service import ISSUER, PASSWORD, SIBLING, Registered, Service
-from tests.support.wire import FORM, WireAnswer, send
+from tests.support.wire import FORM, send
 
 SEED = 20260101
 REQUESTS = 2500

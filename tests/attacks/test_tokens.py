@@ -64,7 +64,11 @@ def check_refused(answer: httpx2.Response, token: str) -> None:
     assert answer.headers["www-authenticate"] == 'Bearer error="invalid_token"'
     assert answer.headers["content-type"] == "application/problem+json"
     assert answer.headers["cache-control"] == "no-store"
-    assert answer.json() == {"type": "about:blank", "title": "A valid access token is needed.", "status": 401}
+    assert answer.json() == {
+        "type": "about:blank",
+        "title": "A valid access token or API key is needed.",
+        "status": 401,
+    }
 
 
 @pytest.fixture

@@ -293,7 +293,7 @@ async def test_a_rotated_secret_overlaps_with_its_successor(service: Service) ->
         secret = await service.within(
             lambda tx: service.services.clients.rotate_secret(tx, client.id, overlap=timedelta(seconds=overlap))
         )
-        return secret.reveal()
+        return secret.text.reveal()
 
     async def statuses(*secrets: str) -> list[int]:
         return [(await by_header(service, basic(client.id, secret))).status_code for secret in secrets]

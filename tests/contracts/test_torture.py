@@ -29,12 +29,13 @@ from tests.contracts.torture.forge import Forge, dumped
 from tests.contracts.torture.keys import load
 from tests.contracts.torture.primitives import deflated_zeros
 from tests.contracts.torture.rows import settle
+from tests.support.asking import WireAnswer
 from tests.support.clock import FrozenClock
 from tests.support.issuer import JWKS
 from tests.support.issuer import Issuer as KeyServer
 from tests.support.service import Service, running, test_settings
 from tests.support.tokens import b64, parts_of, unb64
-from tests.support.wire import FORM, WireAnswer, send
+from tests.support.wire import FORM, send
 
 _DOCS = Path(__file__).parents[2] / "docs"
 _TORTURE = Path(__file__).with_name("torture")

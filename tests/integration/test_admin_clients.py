@@ -49,10 +49,14 @@ async def test_a_change_acts_within_a_second_and_is_audited_by_its_fields(boss: 
 
 
 async def test_a_lifetime_can_be_set_back_to_the_default(boss: Operator) -> None:
-    """Null says so; for a member that has no default null says nothing."""
+    """Null says so; a member that has no default cannot be null, or a change would be claimed that is none."""
     client_id = (await a_client(boss, access_token_ttl=120))["client"]["client_id"]
-    answer = await boss("PATCH", f"/clients/{client_id}", {"access_token_ttl": None, "name": None})
+    answer = await boss("PATCH", f"/clients/{client_id}", {"access_token_ttl": None})
     assert (answer.json()["access_token_ttl"], answer.json()["name"]) == (None, "Reports")
+    answer = await boss("PATCH", f"/clients/{client_id}", {"access_token_ttl": 60, "name": None, "scope": None})
+    assert answer.status_code == 422
+    assert [fault["pointer"] for fault in answer.json()["errors"]] == ["/name", "/scope"]
+    assert (await boss("GET", f"/clients/{client_id}")).json()["access_token_ttl"] is None
 
 
 @pytest.mark.case("ADM-07")
@@ -147,7 +151,8 @@ async def test_two_secrets_overlap_and_one_can_be_ended_at_once(boss: Operator) 
     """The rotation that an operator does without an outage."""
     made = await a_client(boss)
     client_id, old = made["client"]["client_id"], made["client_secret"]
-    new = (await boss("POST", f"/clients/{client_id}/secrets", {"overlap": 3600})).json()["client_secret"]
+    made = (await boss("POST", f"/clients/{client_id}/secrets", {"overlap": 3600})).json()
+    new = made["client_secret"]
 
     async def works(secret: str) -> bool:
         form = {"grant_type": "client_credentials"}
@@ -156,10 +161,19 @@ async def test_two_secrets_overlap_and_one_can_be_ended_at_once(boss: Operator) 
     assert await works(old)
     assert await works(new)
     listed = (await boss("GET", f"/clients/{client_id}/secrets")).json()
+    assert listed[0]["id"] == made["id"]
     assert [one["expires_at"] is None for one in listed] == [True, False]
     assert (await boss("DELETE", f"/clients/{client_id}/secrets/{listed[1]['id']}")).status_code == 204
     assert not await works(old)
     assert await works(new)
+
+
+async def test_without_a_body_the_old_secret_works_for_a_day(boss: Operator) -> None:
+    """An emergency has no time for looking up members."""
+    client_id = (await a_client(boss))["client"]["client_id"]
+    assert (await boss("POST", f"/clients/{client_id}/secrets")).status_code == 201
+    ends = [one["expires_at"] for one in (await boss("GET", f"/clients/{client_id}/secrets")).json()]
+    assert ends == [None, "2026-01-02T00:00:00Z"]
 
 
 async def test_a_public_client_has_no_secret_to_rotate(boss: Operator) -> None:

@@ -3,8 +3,10 @@
 import pytest
 
 from identity_service.accounts.access import Access
+from identity_service.accounts.clients import NewClient
 from tests.support.clock import FrozenClock
 from tests.support.operators import Operator, an_operator
+from tests.support.races import blocked, held
 from tests.support.service import Service
 
 
@@ -58,6 +60,27 @@ async def test_what_is_in_use_cannot_be_deleted(boss: Operator) -> None:
         assert (await boss("DELETE", path)).status_code == 204, path
     await boss("POST", "/clients", {"name": "Bills", "scope": ["bills:read"]})
     assert (await boss("DELETE", "/scopes?name=bills:read")).status_code == 409
+
+
+@pytest.mark.case("ADM-24")
+@pytest.mark.parametrize("first", ["the client", "the deletion"])
+async def test_no_client_is_left_with_a_scope_that_goes_at_the_same_moment(boss: Operator, first: str) -> None:
+    """Whichever comes first, the other one waits for it and is refused."""
+    service, rules = boss.service, boss.service.services.access
+    await boss("POST", "/scopes", {"name": "bills:read"})
+
+    async with held(service) as transaction:
+        if first == "the client":
+            assert await rules.existing(transaction.tx, ["bills:read", "no:such"]) == {"bills:read"}
+            await service.services.clients.register(transaction.tx, NewClient("Bills", scope=["bills:read"]))
+            deleted = await blocked(service, boss("DELETE", "/scopes?name=bills:read"))
+            await transaction.commit()
+            assert (await deleted).status_code == 409
+        else:
+            await rules.delete_scope(transaction.tx, "bills:read")
+            made = await blocked(service, boss("POST", "/clients", {"name": "Bills", "scope": ["bills:read"]}))
+            await transaction.commit()
+            assert (await made).status_code == 422
 
 
 @pytest.mark.case("KEY-03")

@@ -1,5 +1,8 @@
 """The operators' API about signing keys does what the commands do."""
 
+import pytest
+
+from identity_service.oauth.signing_keys import SigningKeys
 from tests.support.operators import Operator
 
 
@@ -35,9 +38,12 @@ async def test_a_compromised_key_leaves_the_key_set_and_another_takes_over(boss:
     assert row.actor is not None
 
 
-async def test_a_key_is_compromised_once_and_an_unknown_one_never(boss: Operator) -> None:
-    """409 and 404; nothing changes."""
+async def test_a_key_is_compromised_once_and_an_unknown_one_never(
+    boss: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """409 and 404; nothing changes, and no new key is made, which takes a processor for a second."""
     [waiting] = [kid for kid, state in (await states(boss)).items() if state == "next"]
     assert (await boss("POST", f"/signing-keys/{waiting}/compromise")).status_code == 200
+    monkeypatch.delattr(SigningKeys, "generate")
     assert (await boss("POST", f"/signing-keys/{waiting}/compromise")).status_code == 409
     assert (await boss("POST", "/signing-keys/nothing/compromise")).status_code == 404

@@ -426,6 +426,18 @@ async def test_a_deleted_user_can_be_shown_and_restored_and_nothing_else(boss: O
     assert await told(service, "user.deleted") == await told(service, "user.restored") == [(str(user.id), {})]
 
 
+async def test_who_was_disabled_before_they_were_deleted_is_so_when_restored(boss: Operator) -> None:
+    """Undoing the deletion undoes nothing else; no mail asks them for a password either."""
+    user = await boss.service.a_user("mika")
+    assert (await boss("POST", f"/users/{user.id}/disable")).status_code == 204
+    assert (await boss("DELETE", f"/users/{user.id}")).status_code == 204
+    restored = (await boss("POST", f"/users/{user.id}/restore")).json()
+    assert (restored["username"], restored["enabled"], restored["deleted_at"]) == ("mika", False, None)
+    assert await mails(boss.service) == []
+    assert (await boss("POST", f"/users/{user.id}/enable")).status_code == 204
+    assert (await shown(boss, user))["enabled"] is True
+
+
 async def test_nobody_is_restored_to_a_name_that_is_somebody_elses(boss: Operator) -> None:
     """409, and the new owner keeps it."""
     user = await boss.service.a_user("mika")

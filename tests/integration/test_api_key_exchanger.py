@@ -34,6 +34,7 @@ from identity_service.verifier import (
     VerifiedClaims,
 )
 from identity_service.verifier.fastapi import ApiKeys, Protect
+from tests.support.asking import connect
 from tests.support.clock import UnixClock
 from tests.support.issuer import (
     AUDIENCE,
@@ -503,22 +504,9 @@ async def test_whose_key_cannot_be_checked_is_asked_to_come_again(
 
 
 async def test_a_web_socket_takes_both_too(app: FastAPI, issuer: Issuer) -> None:
-    async def connect(*headers: tuple[bytes, bytes]) -> dict[str, Any]:
-        scope = {"type": "websocket", "path": "/feed", "query_string": b"", "headers": headers}
-        told: list[dict[str, Any]] = []
-
-        async def receive() -> dict[str, Any]:
-            return {"type": "websocket.connect"}
-
-        async def send(message: dict[str, Any]) -> None:
-            told.append(message)
-
-        await app(scope, receive, send)
-        return told[0]
-
     bearer, key = (b"authorization", f"Bearer {issuer.mint()}".encode()), (b"x-api-key", KEY.encode())
-    assert (await connect(bearer))["type"] == (await connect(key))["type"] == "websocket.accept"
-    assert [(await connect(*headers))["status"] for headers in ([], [(b"x-api-key", b"")], [bearer, key])] == [
+    assert (await connect(app, bearer))["type"] == (await connect(app, key))["type"] == "websocket.accept"
+    assert [(await connect(app, *headers))["status"] for headers in ([], [(b"x-api-key", b"")], [bearer, key])] == [
         401,
         401,
         400,

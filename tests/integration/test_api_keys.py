@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import psycopg
 import pytest
 from sqlalchemy import func, insert, select, update
 
@@ -414,21 +413,6 @@ async def test_whoever_makes_and_ends_keys_for_ever_fills_no_table(api: Service)
 
 
 # -- what a key costs -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def statements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every statement that goes to PostgreSQL, noted in the driver: nothing gets past it."""
-    sent: list[str] = []
-    execute = psycopg.AsyncCursor.execute
-
-    async def noting(cursor: Any, query: Any, *given: Any, **named: Any) -> Any:
-        spelled = query.decode() if isinstance(query, bytes) else str(query)
-        sent.append(" ".join(spelled.split()))
-        return await execute(cursor, query, *given, **named)
-
-    monkeypatch.setattr(psycopg.AsyncCursor, "execute", noting)
-    return sent
 
 
 @pytest.mark.case("KEY-13")

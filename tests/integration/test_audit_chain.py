@@ -4,7 +4,6 @@ import asyncio
 import hmac
 import json
 import secrets
-from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
 
@@ -26,26 +25,6 @@ ALTER = "UPDATE audit_events SET {} WHERE seq = {}"
 REMOVE = "DELETE FROM audit_events WHERE seq = {}"
 MOVE_END = "UPDATE audit_chain SET {}"
 HEAD = "SELECT seq, mac, base_seq, base_mac, base_kid, base_proof, sealed_at FROM audit_chain"
-
-
-@pytest.fixture(params=["database_url", "sqlite_url"], ids=["postgresql", "sqlite"])
-def any_url(request: pytest.FixtureRequest) -> str:
-    """The URL of each kind of database."""
-    found: str = request.getfixturevalue(request.param)
-    return found
-
-
-@pytest.fixture
-async def trail(any_url: str) -> AsyncIterator[Trail]:
-    """A trail on each kind of database."""
-    async with opened_trail(any_url) as opened:
-        yield opened
-
-
-@pytest.fixture
-async def on_postgresql(database_url: str) -> AsyncIterator[Trail]:
-    async with opened_trail(database_url) as opened:
-        yield opened
 
 
 async def ten(trail: Trail) -> None:

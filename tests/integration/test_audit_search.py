@@ -1,7 +1,6 @@
 """The audit trail is searched, exported and counted by index, page by page, on both databases alike."""
 
 import random
-from collections.abc import AsyncIterator
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
@@ -15,26 +14,6 @@ from identity_service.infra.tables import audit_events
 from tests.support.trail import Trail, opened_trail
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
-
-
-@pytest.fixture(params=["database_url", "sqlite_url"], ids=["postgresql", "sqlite"])
-def any_url(request: pytest.FixtureRequest) -> str:
-    """The URL of each kind of database."""
-    found: str = request.getfixturevalue(request.param)
-    return found
-
-
-@pytest.fixture
-async def trail(any_url: str) -> AsyncIterator[Trail]:
-    """A trail on each kind of database."""
-    async with opened_trail(any_url) as opened:
-        yield opened
-
-
-@pytest.fixture
-async def on_postgresql(database_url: str) -> AsyncIterator[Trail]:
-    async with opened_trail(database_url) as opened:
-        yield opened
 
 
 async def put(trail: Trail, *rows: dict[str, Any]) -> None:

@@ -2,9 +2,7 @@
 
 import base64
 import json
-import os
 import re
-import shutil
 import signal
 import socket
 import sqlite3
@@ -15,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,177 +23,9 @@ import typer
 from typer.testing import CliRunner
 
 from identity_service.cli import app
+from tests.support.commands import CHEAP, OTHER_KEY, PASSWORD, PROGRAM, Cli, Forge
 from tests.support.servers import free_port
 from tests.support.service import MASTER_KEY
-
-ROOT = Path(__file__).parents[2]
-PROGRAM = [sys.executable, "-c", "from identity_service.cli import main; main()"]
-PASSWORD = "Kanarienvogel-77"
-OTHER_KEY = base64.b64encode(bytes(range(200, 232))).decode()
-
-
-# Importing takes longer than most commands, so one process imports and forks for each command. What a command sees is
-# what it would see as a process of its own: arguments, environment, directory, standard streams, and its exit code.
-FORGE = """
-import json, os, sys
-from identity_service.cli import main
-for line in sys.stdin:
-    job = json.loads(line)
-    if child := os.fork():
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-        continue
-    os.environ.clear()
-    os.environ.update(job["env"])
-    os.chdir(job["cwd"])
-    for number, name in enumerate(job["streams"]):
-        os.dup2(os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY), number)
-    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
-    sys.argv = ["identity-service", *job["words"]]
-    try:
-        main()
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    except BaseException:
-        import traceback
-        traceback.print_exc()
-        code = 70
-    else:
-        code = 0
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-"""
-
-
-class Forge:
-    """Runs commands, one after the other, each in a process of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self._streams = [folder / name for name in ("in", "out", "err")]
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", FORGE],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )
-
-    def run(self, words: Sequence[str | bytes], env: dict[str, str], cwd: str, stdin: bytes) -> tuple[int, str, str]:
-        """Return the exit code and what was printed."""
-        for stream, content in zip(self._streams, (stdin, b"", b""), strict=True):
-            stream.write_bytes(content)
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        job = {"words": [os.fsdecode(word) for word in words], "env": env, "cwd": cwd}
-        self._process.stdin.write(json.dumps({**job, "streams": [str(stream) for stream in self._streams]}) + "\n")
-        self._process.stdin.flush()
-        code = int(self._process.stdout.readline())
-        return code, self._streams[1].read_text("utf-8"), self._streams[2].read_text("utf-8")
-
-    def close(self) -> None:
-        self._process.communicate()
-
-
-@pytest.fixture(scope="module")
-def forge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forge]:
-    """One for the tests of this file."""
-    made = Forge(tmp_path_factory.mktemp("forge"))
-    yield made
-    made.close()
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        """What it printed, which is one JSON document."""
-        assert self.code == 0, self.err
-        return json.loads(self.out)
-
-    def refused(self, code: int = 1) -> str:
-        """Return the sentence it refused with; nothing else was printed."""
-        assert self.code == code, (self.code, self.out, self.err)
-        assert self.out == ""
-        return self.err
-
-
-@dataclass(frozen=True)
-class Cli:
-    """Runs commands in an environment of their own; no command may ever show a traceback or a secret."""
-
-    forge: Forge
-    env: dict[str, str]
-    options: tuple[str, ...] = ()
-    secrets: list[str] = field(default_factory=lambda: [PASSWORD, MASTER_KEY, OTHER_KEY])
-
-    def environment(self, **changes: str) -> dict[str, str]:
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("IDENTITY_")}
-        return clean | {"PYTHONPATH": str(ROOT)} | self.env | changes
-
-    def run(self, *words: str | bytes, stdin: str | bytes = "", **env: str) -> Result:
-        content = stdin if isinstance(stdin, bytes) else stdin.encode()
-        words = (*words, *self.options)
-        result = Result(*self.forge.run(words, self.environment(**env), self.env["HOME"], content))
-        assert "Traceback" not in result.out + result.err, result.err
-        for secret in self.secrets:
-            assert secret not in result.out + result.err
-        return result
-
-    def json(self, *words: str, stdin: str = "") -> Any:
-        return self.run(*words, "--json", stdin=stdin).json
-
-    def events(self) -> list[tuple[str, str | None]]:
-        """Return what `cli` did as (event, target), oldest first; all else fell due by itself."""
-        rows = self.json("audit", "list")
-        assert all(row["actor"] in ("cli", "schedule") and row["network"] is None for row in rows)
-        rows = [row for row in rows if row["actor"] == "cli"]
-        return [(row["event"], row["target"]) for row in reversed(rows)]
-
-
-CHEAP = {"IDENTITY_ARGON2_MEMORY_KIB": "8", "IDENTITY_ARGON2_TIME_COST": "1"}
-
-
-@pytest.fixture
-def folder(sqlite_template: Path, tmp_path: Path) -> Path:
-    """A data directory with a migrated database."""
-    made = tmp_path / "data"
-    made.mkdir()
-    shutil.copy(sqlite_template, made / "identity.db")
-    return made
-
-
-@pytest.fixture
-def cli(folder: Path, tmp_path: Path, forge: Forge) -> Cli:
-    """Commands with `--data-dir`."""
-    env = {**CHEAP, "IDENTITY_MASTER_KEY": MASTER_KEY, "HOME": str(tmp_path)}
-    return Cli(forge, env, ("--data-dir", str(folder)))
-
-
-@pytest.fixture
-def bare(tmp_path: Path, forge: Forge) -> Cli:
-    """Commands with nothing but the system's environment."""
-    return Cli(forge, {"HOME": str(tmp_path)})
-
-
-@pytest.fixture
-def on_postgres(database_url: str, tmp_path: Path, forge: Forge) -> Cli:
-    """Commands configured as in production, by their environment."""
-    return Cli(
-        forge,
-        {
-            "HOME": str(tmp_path),
-            "IDENTITY_ISSUER": "https://id.example.test",
-            "IDENTITY_DATABASE_URL": database_url,
-            "IDENTITY_MASTER_KEY": MASTER_KEY,
-        },
-    )
-
 
 # -- help -------------------------------------------------------------------------------------------------------------
 
@@ -706,7 +536,7 @@ def test_what_a_command_writes_is_for_its_owner_only(tmp_path: Path, forge: Forg
     folder = tmp_path / "new"
     cli = Cli(forge, {**CHEAP, "HOME": str(tmp_path)}, ("--data-dir", str(folder)))
     assert cli.run("migrate").code == 0
-    assert cli.run("clients", "create", "X").code == 0
+    assert cli.run("keys", "rotate").code == 0
     made = [folder, *folder.iterdir()]
     assert {path.name for path in made} >= {"new", "identity.db", "master.key"}
     assert [path.name for path in made if path.stat().st_mode & 0o077] == []

@@ -5,10 +5,9 @@ import csv
 import io
 import json
 import os
-import shutil
 import stat
 import subprocess
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,50 +16,13 @@ import psycopg
 import pytest
 from sqlalchemy.engine import make_url
 
-from identity_service.infra.audit import Origin
+from identity_service.infra.audit import EVENTS, Origin
 from identity_service.infra.database import Transaction
-from tests.integration.test_cli import CHEAP, OTHER_KEY, PROGRAM, Cli, Forge
-from tests.support.service import MASTER_KEY
+from tests.support.commands import OTHER_KEY, PROGRAM, Cli
 from tests.support.trail import Trail, opened_trail
 
 Answer = TypeVar("Answer")
 COLUMNS = ["id", "seq", "at", "event", "actor", "target", "client_id", "network", "request_id", "occurrences", "detail"]
-
-
-@pytest.fixture(scope="module")
-def forge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forge]:
-    """Runs the commands of this file."""
-    made = Forge(tmp_path_factory.mktemp("forge"))
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def folder(sqlite_template: Path, tmp_path: Path) -> Path:
-    """A data directory with a migrated database."""
-    made = tmp_path / "data"
-    made.mkdir()
-    shutil.copy(sqlite_template, made / "identity.db")
-    return made
-
-
-@pytest.fixture
-def cli(folder: Path, tmp_path: Path, forge: Forge) -> Cli:
-    """Commands on that database."""
-    env = {**CHEAP, "IDENTITY_MASTER_KEY": MASTER_KEY, "HOME": str(tmp_path)}
-    return Cli(forge, env, ("--data-dir", str(folder)))
-
-
-@pytest.fixture
-def on_postgres(database_url: str, tmp_path: Path, forge: Forge) -> Cli:
-    """Commands configured as in production."""
-    env = {
-        "HOME": str(tmp_path),
-        "IDENTITY_ISSUER": "https://id.example.test",
-        "IDENTITY_DATABASE_URL": database_url,
-        "IDENTITY_MASTER_KEY": MASTER_KEY,
-    }
-    return Cli(forge, env)
 
 
 def on(where: Path | str, work: Callable[[Trail], Awaitable[Answer]]) -> Answer:
@@ -144,7 +106,7 @@ def test_rows_are_listed_newest_first_and_by_what_is_asked_for(cli: Cli, folder:
         ("--since 2026-01-01T01:00:01+01:00 --until 2026-01-01T00:00:02", [by_ann]),
         ("--since 2026-01-02", []),
         ("--until 2026-01-01", []),
-        ("--event no.such", []),
+        ("--event demo.created", []),
     ]:
         assert listed(*words.split()) == expected, words
     row = cli.json("audit", "list", "--actor", "ann")[0]
@@ -182,6 +144,37 @@ def test_a_terminal_is_told_nothing_by_what_is_stored(cli: Cli, folder: Path) ->
     out = cli.run("audit", "list").out
     assert out.endswith("a\\x1b[2J\\r\\nb\\x7f\\x9b → \\u202egod\\u2028\\t\U0001f511ü\n")
     assert out.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("typed", "near"),
+    [
+        ("user.delete", "; perhaps user.deleted or "),
+        ("signin.failed", "; perhaps sign_in.failed or "),
+        ("nope", "there is no such event (`"),
+        ("", "there is no such event (`"),
+    ],
+    ids=["misspelt", "two-faults", "unlike-any", "empty"],
+)
+@pytest.mark.parametrize("command", ["list", "export"])
+def test_an_event_that_there_is_not_is_refused(cli: Cli, folder: Path, command: str, typed: str, near: str) -> None:
+    """With the names it may have been meant for, and where all of them are; an empty answer would say "never"."""
+    record(folder, {"event": "user.created"})
+    said = cli.run("audit", command, "--event", typed).refused(2)
+    assert "Invalid value for '--event'" in said
+    assert near in said
+    assert "`identity-service audit events` lists all" in said
+    assert cli.json("audit", "list", "--event", "audit.exported") == []
+
+
+def test_every_event_is_listed_with_what_it_means(bare: Cli, cli: Cli) -> None:
+    """Without any database; each of them can be asked for."""
+    assert bare.json("audit", "events") == dict(EVENTS)
+    lines = bare.run("audit", "events").out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == list(EVENTS)
+    assert len({len(line) - len(line.split("  ", 1)[1].lstrip()) for line in lines}) == 1
+    for event in list(EVENTS)[::10]:
+        assert cli.run("audit", "list", "--event", event).code == 0
 
 
 # -- anchor and verify ------------------------------------------------------------------------------------------------
@@ -342,7 +335,7 @@ def test_an_export_has_the_rows_that_were_asked_for(cli: Cli, folder: Path) -> N
     words = ("--actor", "ann", "--target", "t", "--since", "2026-01-01T00:00:01Z", "--until", "9999-12-31")
     rows = [json.loads(line) for line in cli.run("audit", "export", *words).out.splitlines()]
     assert [(row["actor"], row["at"]) for row in rows] == [("ann", "2026-01-01T00:00:02+00:00")]
-    assert cli.run("audit", "export", "--event", "no.such", "--client-id", "nobody").out == ""
+    assert cli.run("audit", "export", "--event", "demo.created", "--client-id", "nobody").out == ""
     noted = cli.json("audit", "list", "--event", "audit.exported")
     assert [row["detail"]["filters"] for row in noted] == [
         ["client_id", "event"],
@@ -399,7 +392,7 @@ def test_an_export_goes_into_files_only(cli: Cli, folder: Path, tmp_path: Path) 
     assert cli.json("audit", "list", "--event", "audit.exported") == []
 
 
-HARMLESS = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1"]
+HARMLESS = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "＝1+1", "＋1", "－1", "＠SUM(A1)"]  # noqa: RUF001
 
 
 def test_a_spreadsheet_takes_no_cell_for_a_formula(cli: Cli, folder: Path, tmp_path: Path) -> None:
@@ -413,7 +406,7 @@ def test_a_spreadsheet_takes_no_cell_for_a_formula(cli: Cli, folder: Path, tmp_p
     assert [line[4] for line in lines] == [f"'{text}" for text in HARMLESS] + usual
     assert [line[5] for line in lines] == [line[4] for line in lines]
     assert [json.loads(line[10]) for line in lines] == [{"x": text} for text in [*HARMLESS, *usual]]
-    assert not any(cell.startswith(("=", "+", "-", "@", "\t", "\r")) for line in lines for cell in line)
+    assert not any(cell.startswith(tuple(text[0] for text in HARMLESS)) for line in lines for cell in line)
 
 
 def test_an_export_that_cannot_be_recorded_gives_nothing_away(

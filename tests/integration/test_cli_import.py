@@ -2,6 +2,7 @@
 
 import asyncio
 import csv
+import io
 import json
 import os
 import pty
@@ -21,13 +22,15 @@ from typing import Any
 
 import psycopg
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from sqlalchemy import event, func, select
 
-from identity_service.accounts.user_imports import FIELDS, ImportRules, Line
+from identity_service.accounts.user_imports import FIELDS, ImportRules, Line, read_csv, write_csv
 from identity_service.accounts.users.imports import LARGEST_BATCH, ImportedUser, Outcome, UserImports
 from identity_service.infra.runtime.hashing import NFKC_FORM, RAW_FORM
 from identity_service.infra.tables import audit_events, users
-from tests.integration.test_cli import CHEAP, PROGRAM, Cli, Forge, Result
+from tests.support.commands import CHEAP, PROGRAM, Cli, Forge, Result
 from tests.support.foreign_hashes import MADE
 from tests.support.races import blocked, held
 from tests.support.servers import PostgresServer
@@ -36,14 +39,6 @@ from tests.support.service import MASTER_KEY, Service, running, test_settings
 PASSWORD = "Ångström, Ümläute und 🙂"
 OTHERS = ("sign-in with 'quotes'", "another one, please")
 CANARY = "hunter2hunter2"
-
-
-@pytest.fixture(scope="module")
-def forge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forge]:
-    """One for the tests of this file."""
-    made = Forge(tmp_path_factory.mktemp("forge"))
-    yield made
-    made.close()
 
 
 def cli_on(url: str, forge: Forge, home: Path) -> Cli:
@@ -330,6 +325,20 @@ def test_roles_above_user_are_named_by_whoever_imports(cli: Cli, tmp_path: Path)
     assert summary(cli.run(*words, "--allow-roles", "super_admin"), 1)["imported"] == 1
 
 
+def test_a_role_that_is_refused_leads_to_the_option(on_postgres: Cli, tmp_path: Path) -> None:
+    """Said once, however many lines there are, and with a report too; not when something else was wrong."""
+    lines = [a_line("ada", role="admin"), a_line("-"), *(a_line(f"u{place}", role="moderator") for place in range(20))]
+    words = ("users", "import", str(write(tmp_path / "users.jsonl", lines)))
+    hint = "lines were refused for the role; --allow-roles names the roles that a file may give"
+    for more in ((), ("--report", str(tmp_path / "report")), ("--dry-run",)):
+        done = on_postgres.run(*words, *more)
+        assert done.code == 1
+        assert done.err.splitlines()[-1] == f"21 {hint}"
+        assert (done.out + done.err).count("--allow-roles") == 1
+    assert f"1 line was {hint.partition('were ')[2]}" in on_postgres.run(*words, "--allow-roles", "moderator").err
+    assert "--allow-roles" not in on_postgres.run(*words, "--allow-roles", "moderator,admin").err
+
+
 def test_a_run_is_one_row_in_the_audit_trail(cli: Cli, tmp_path: Path) -> None:
     """With its counts and nobody's name; a first row tells that it began, and outlives a run that is killed."""
     lines = [a_line(f"user{number}") for number in range(25)] + [a_line("-")]
@@ -417,6 +426,52 @@ def _read(descriptor: int) -> bytes:
         return os.read(descriptor, 65536)
     except OSError:  # Linux says so when nobody holds the other end any more
         return b""
+
+
+SIGNS = "=+-@\t\r\n＝＋－＠"  # noqa: RUF001  # what a spreadsheet takes for a formula
+
+
+ONE_LINE = st.text(st.sampled_from(SIGNS.replace("\r\n", "") + "' aä,\"\\"), max_size=6)  # all that is ever stored
+
+
+@given(texts=st.lists(ONE_LINE, min_size=1, max_size=4))
+@example(texts=["=HYPERLINK(0)", "'=1", "''=1", "'", "''"])
+def test_no_exported_text_is_a_formula_and_each_comes_back_as_it_was(texts: list[str]) -> None:
+    """Whatever marks it has already; an empty cell is a field that is not there."""
+    lines = [{"username": text, "name": text, "email": "a@example.org"} for text in texts]
+    written = write_csv(lines, header=True)
+    cells = [cell for row in csv.reader(io.StringIO(written, newline="")) for cell in row]
+    assert [cell for cell in cells if cell.startswith(tuple(SIGNS))] == []
+    fields = [line.fields for line in read_csv(io.BytesIO(written.encode()), ignore_unknown=False)]
+    assert fields == [{name: text for name, text in line.items() if text} for line in lines]
+
+
+def test_a_name_that_is_a_formula_travels_and_is_dead_on_the_way(cli: Cli, tmp_path: Path) -> None:
+    """From one file to the next, through the database; a table from elsewhere may hold it bare or marked."""
+    names = {
+        "ada": '=HYPERLINK("https://evil.example","x")',
+        "bob": "'=1",
+        "cy": "-1",
+        "di": "+1 & @2",
+        "ed": "'quoted'",
+    }
+    file = write(tmp_path / "users.jsonl", [a_line(name, name=shown) for name, shown in names.items()])
+    assert cli.run("users", "import", str(file)).code == 0
+    table = tmp_path / "users.csv"
+    assert cli.run("users", "export", "--output", str(table)).code == 0
+    with table.open(encoding="utf-8", newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    assert {row["username"]: row["name"] for row in rows} == {
+        name: shown if shown == "'quoted'" else f"'{shown}" for name, shown in names.items()
+    }
+    renamed = [{**row, "id": "", "username": f"{row['username']}2", "email": f"2{row['email']}"} for row in rows]
+    with table.open("w", encoding="utf-8", newline="") as opened:
+        writer = csv.DictWriter(opened, FIELDS)
+        writer.writeheader()
+        writer.writerows([*renamed, {"username": "fay", "email": "fay@example.org", "name": "=bare"}])
+    assert cli.run("users", "import", str(table)).code == 0
+    found = {line["username"]: line["name"] for line in exported(cli)}
+    assert found == names | {f"{name}2": shown for name, shown in names.items()} | {"fay": "=bare"}
 
 
 # -- breaking off, and racing -----------------------------------------------------------------------------------------

@@ -1,43 +1,18 @@
 """Commands about people who are there already: roles, leaving and coming back, sessions, forgotten passwords."""
 
 import asyncio
-import shutil
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.integration.test_cli import CHEAP, PASSWORD, Cli, Forge
 from tests.support.clock import FrozenClock
+from tests.support.commands import PASSWORD, Cli
 from tests.support.races import held, waiting
-from tests.support.service import MASTER_KEY, Service, running, test_settings
-
-
-@pytest.fixture(scope="module")
-def forge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forge]:
-    """One for the tests of this file."""
-    made = Forge(tmp_path_factory.mktemp("forge"))
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def folder(sqlite_template: Path, tmp_path: Path) -> Path:
-    """A data directory with a migrated database."""
-    made = tmp_path / "data"
-    made.mkdir()
-    shutil.copy(sqlite_template, made / "identity.db")
-    return made
-
-
-@pytest.fixture
-def cli(folder: Path, tmp_path: Path, forge: Forge) -> Cli:
-    """Commands with `--data-dir`; mails are written to a folder, as in development."""
-    env = {**CHEAP, "IDENTITY_MASTER_KEY": MASTER_KEY, "HOME": str(tmp_path)}
-    return Cli(forge, env, ("--data-dir", str(folder)))
+from tests.support.service import Service, running, test_settings
 
 
 def create(cli: Cli, name: str, role: str = "user") -> dict[str, Any]:
@@ -104,22 +79,15 @@ def test_the_last_super_admin_stays(cli: Cli, words: tuple[str, ...]) -> None:
 @pytest.mark.case("ADM-06")
 @pytest.mark.parametrize("words", [("role", "boss1", "admin"), ("disable", "boss1"), ("delete", "boss1")], ids=" ".join)
 async def test_a_command_waits_for_who_is_removing_the_other_one(
-    service: Service, database_url: str, tmp_path: Path, forge: Forge, words: tuple[str, ...]
+    service: Service, on_postgres: Cli, words: tuple[str, ...]
 ) -> None:
     """Both could otherwise count two, and remove one each."""
     people = [await service.a_user(f"boss{number}", role="super_admin") for number in (1, 2)]
-    env = {
-        "HOME": str(tmp_path),
-        "IDENTITY_ISSUER": "https://id.example.test",
-        "IDENTITY_DATABASE_URL": database_url,
-        "IDENTITY_MASTER_KEY": MASTER_KEY,
-    }
-    cli = Cli(forge, env)
-    assert cli.run("users", "list").code == 0  # what takes long the first time is done
+    assert on_postgres.run("users", "list").code == 0  # what takes long the first time is done
     async with held(service) as leaving:
         await leaving.tx.lock("administrators")
         await service.services.users.delete(leaving.tx, people[1].id)
-        late = asyncio.create_task(asyncio.to_thread(cli.run, "users", *words))
+        late = asyncio.create_task(asyncio.to_thread(on_postgres.run, "users", *words))
         while not await waiting(service):
             assert not late.done(), "it did not wait"
             await asyncio.sleep(0.01)
@@ -135,16 +103,44 @@ def test_a_deleted_user_is_restored_by_their_id(cli: Cli) -> None:
     assert gone == {"id": marie["id"], "username": "marie", "purged": False}
     assert "there is no such user" in cli.run("users", "delete", "marie").refused()
     assert cli.json("users", "list") == []
+    [listed] = cli.json("users", "list", "--deleted")
+    assert listed == {**marie, "enabled": listed["enabled"], "deleted_at": listed["deleted_at"]}
+    assert datetime.fromisoformat(listed["deleted_at"]) > datetime.fromisoformat(marie["created_at"])
+    assert cli.run("users", "list", "--deleted").out.split()[:4] == [marie["id"], "marie", "user", "deleted"]
     assert cli.json("users", "restore", marie["id"]) == marie
+    assert cli.json("users", "list", "--deleted") == []
     assert cli.json("users", "list") == [marie]
     for unknown in (marie["id"], str(uuid.uuid4()), "marie", ""):
-        assert "there is no such deleted user" in cli.run("users", "restore", unknown).refused()
+        said = cli.run("users", "restore", unknown).refused()
+        assert "there is no such deleted user; `identity-service users list --deleted` shows those there are" in said
     assert marie["id"] in cli.run("users", "delete", "marie").out
     other = create(cli, "marie")
     assert other["id"] != marie["id"]
     assert "somebody took the username" in cli.run("users", "restore", marie["id"]).refused()
     did = [event for event, target in cli.events() if target == marie["id"]]
     assert did == ["user.created", "user.deleted", "user.restored", "user.deleted"]
+
+
+def test_a_deleted_user_is_restored_by_a_name_they_had(cli: Cli) -> None:
+    """As every other command finds them, by username or address; if several had it, their ids are said."""
+    marie, mariette = create(cli, "marie"), create(cli, "mariette")
+    for name in ("Marie", "marie@Example.org"):
+        for gone in ("mariette", "marie"):
+            cli.json("users", "delete", gone)
+        assert "there is no such deleted user" in cli.run("users", "restore", "mari").refused()
+        assert cli.json("users", "restore", name) == marie
+        assert cli.json("users", "restore", mariette["id"]) == mariette
+    cli.json("users", "delete", "marie")
+    again = create(cli, "marie")
+    assert "somebody took the username" in cli.run("users", "restore", "marie").refused()
+    cli.json("users", "delete", "marie")
+    for name in ("marie", "marie@example.org"):
+        said = cli.run("users", "restore", name).refused()
+        assert "several deleted users had that name" in said
+        assert marie["id"] in said
+        assert again["id"] in said
+        assert mariette["id"] not in said
+    assert cli.json("users", "restore", again["id"]) == again
 
 
 def test_a_restored_users_keys_stay_dead(cli: Cli, folder: Path) -> None:

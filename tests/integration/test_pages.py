@@ -23,17 +23,10 @@ DEAD = "This link is no longer good."
 PAGES = {"/verify-email": "verify_email", "/change-email": "change_email", "/reset-password": "reset_password"}
 
 
-@pytest.fixture(params=["database_url", "sqlite_url"])
-def url(request: pytest.FixtureRequest) -> str:
-    """The URL of a PostgreSQL database, then of a SQLite one."""
-    found: str = request.getfixturevalue(request.param)
-    return found
-
-
 @pytest.fixture
-async def people(url: str) -> AsyncIterator[Service]:
+async def people(any_url: str) -> AsyncIterator[Service]:
     """The service with its pages."""
-    async with running(test_settings(url, service_name='Lab & "Portal" <b>')) as service:
+    async with running(test_settings(any_url, service_name='Lab & "Portal" <b>')) as service:
         yield service
 
 

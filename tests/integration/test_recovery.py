@@ -20,17 +20,10 @@ from tests.support.service import ISSUER, PASSWORD, Service, running, test_setti
 NEW = "a quite different phrase"
 
 
-@pytest.fixture(params=["database_url", "sqlite_url"])
-def url(request: pytest.FixtureRequest) -> str:
-    """The URL of a PostgreSQL database, then of a SQLite one."""
-    found: str = request.getfixturevalue(request.param)
-    return found
-
-
 @pytest.fixture
-async def people(url: str) -> AsyncIterator[Service]:
+async def people(any_url: str) -> AsyncIterator[Service]:
     """The service with the person's API; every request may come from a network of its own."""
-    async with running(test_settings(url, trusted_proxies=("127.0.0.1",))) as service:
+    async with running(test_settings(any_url, trusted_proxies=("127.0.0.1",))) as service:
         yield service
 
 
@@ -340,9 +333,9 @@ async def test_who_tries_links_has_to_wait(people: Service) -> None:
     assert (await reset(people, token)).status_code == 204
 
 
-async def test_without_room_for_mails_all_hear_the_same(url: str) -> None:
+async def test_without_room_for_mails_all_hear_the_same(any_url: str) -> None:
     """503 for a name that exists and for one that does not."""
-    async with running(test_settings(url, mail_queue=1)) as service:
+    async with running(test_settings(any_url, mail_queue=1)) as service:
         await service.a_user("mika", verified=False)
         await ask(service, "password-reset", "mika")
         for what in ("password-reset", "email-verification"):

@@ -1,27 +1,9 @@
 """What a refresh costs the database: one statement, and nothing at all for a token that was never handed out."""
 
-from typing import Any
-
-import psycopg
 import pytest
 
 from tests.support.reading import refused
 from tests.support.service import Service
-
-
-@pytest.fixture
-def statements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every statement that goes to PostgreSQL, noted in the driver: nothing gets past it."""
-    sent: list[str] = []
-    execute = psycopg.AsyncCursor.execute
-
-    async def noting(cursor: Any, query: Any, *given: Any, **named: Any) -> Any:
-        text = query.decode() if isinstance(query, bytes) else str(query)
-        sent.append(" ".join(text.split()))
-        return await execute(cursor, query, *given, **named)
-
-    monkeypatch.setattr(psycopg.AsyncCursor, "execute", noting)
-    return sent
 
 
 async def test_a_refresh_is_one_statement(service: Service, statements: list[str]) -> None:

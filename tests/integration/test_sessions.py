@@ -1,7 +1,6 @@
 """Where people are signed in, and signing out there."""
 
 import uuid
-from collections.abc import AsyncIterator
 from datetime import timedelta
 
 import pytest
@@ -14,20 +13,6 @@ from tests.support.races import blocked, held
 from tests.support.service import PASSWORD, Service, running, test_settings
 
 FIREFOX = "Mozilla/5.0 (X11; Linux x86_64; rv:131.0) Gecko/20100101 Firefox/131.0"
-
-
-@pytest.fixture(params=["database_url", "sqlite_url"])
-def url(request: pytest.FixtureRequest) -> str:
-    """The URL of a PostgreSQL database, then of a SQLite one."""
-    found: str = request.getfixturevalue(request.param)
-    return found
-
-
-@pytest.fixture
-async def people(url: str) -> AsyncIterator[Service]:
-    """The service with the person's API."""
-    async with running(test_settings(url)) as service:
-        yield service
 
 
 async def session_ids(person: Person) -> list[str]:
@@ -43,15 +28,15 @@ async def over(person: Person, client: object) -> bool:
     return by_token
 
 
-async def test_people_see_where_they_are_signed_in(people: Service) -> None:
+async def test_people_see_where_they_are_signed_in(anywhere: Service) -> None:
     """By the application, the program, the network and the time; which one asks is marked."""
-    user, app = await people.a_user("mika"), await an_app(people)
-    first = await signed_in(people, user, app, user_agent=FIREFOX)
-    people.clock.advance(60)
-    second = await signed_in(people, user, app, user_agent="unheard-of/1.0")
-    people.clock.advance(60)
-    await people.refresh(app, first.refresh_token)
-    await signed_in(people, await people.a_user("ada"), app)
+    user, app = await anywhere.a_user("mika"), await an_app(anywhere)
+    first = await signed_in(anywhere, user, app, user_agent=FIREFOX)
+    anywhere.clock.advance(60)
+    second = await signed_in(anywhere, user, app, user_agent="unheard-of/1.0")
+    anywhere.clock.advance(60)
+    await anywhere.refresh(app, first.refresh_token)
+    await signed_in(anywhere, await anywhere.a_user("ada"), app)
     answer = await second("GET", "/sessions")
     assert answer.headers["cache-control"] == "no-store"
     seen = [
@@ -70,26 +55,26 @@ async def test_people_see_where_they_are_signed_in(people: Service) -> None:
     }
 
 
-async def test_sessions_that_are_over_are_not_listed(people: Service) -> None:
+async def test_sessions_that_are_over_are_not_listed(anywhere: Service) -> None:
     """Ended, given back, outdated, or of an application that is off."""
-    user, app, other = await people.a_user("mika"), await an_app(people), await an_app(people)
-    stale = await signed_in(people, user, app)
-    people.clock.advance(timedelta(days=14))
-    mika = await signed_in(people, user, app)
-    given_back, disabled = await signed_in(people, user, app), await signed_in(people, user, other)
+    user, app, other = await anywhere.a_user("mika"), await an_app(anywhere), await an_app(anywhere)
+    stale = await signed_in(anywhere, user, app)
+    anywhere.clock.advance(timedelta(days=14))
+    mika = await signed_in(anywhere, user, app)
+    given_back, disabled = await signed_in(anywhere, user, app), await signed_in(anywhere, user, other)
     assert len(await session_ids(mika)) == 3
-    await people.revoke(app, given_back.refresh_token)
-    await people.within(lambda tx: people.services.clients.set_enabled(tx, other.id, False))
-    people.clock.advance(2)
+    await anywhere.revoke(app, given_back.refresh_token)
+    await anywhere.within(lambda tx: anywhere.services.clients.set_enabled(tx, other.id, False))
+    anywhere.clock.advance(2)
     assert len(await session_ids(mika)) == 1
     assert (await disabled("GET")).status_code == 401
-    assert (await people.refresh(app, stale.refresh_token)).status_code == 400
+    assert (await anywhere.refresh(app, stale.refresh_token)).status_code == 400
 
 
-async def test_a_session_is_ended_at_once(people: Service) -> None:
+async def test_a_session_is_ended_at_once(anywhere: Service) -> None:
     """Its token and its refresh token are refused from then on; the others stay."""
-    user, app = await people.a_user("mika"), await an_app(people)
-    mika, lost = await signed_in(people, user, app), await signed_in(people, user, app)
+    user, app = await anywhere.a_user("mika"), await an_app(anywhere)
+    mika, lost = await signed_in(anywhere, user, app), await signed_in(anywhere, user, app)
     [lost_id] = set(await session_ids(mika)) - {
         found["id"] for found in (await mika("GET", "/sessions")).json()["items"] if found["current"]
     }
@@ -97,44 +82,44 @@ async def test_a_session_is_ended_at_once(people: Service) -> None:
     assert await over(lost, app)
     assert not await over(mika, app)
     assert (await mika("DELETE", f"/sessions/{lost_id}")).status_code == 404
-    [event] = await people.events("session.ended")
+    [event] = await anywhere.events("session.ended")
     assert (event.actor, event.target) == (str(user.id), lost_id)
 
 
-async def test_nobody_ends_the_session_of_somebody_else(people: Service) -> None:
+async def test_nobody_ends_the_session_of_somebody_else(anywhere: Service) -> None:
     """404, as for one that never was; an operator's role makes no difference here."""
-    app = await an_app(people)
-    mika = await signed_in(people, await people.a_user("mika"), app)
-    root = await signed_in(people, await people.a_user("root", role="super_admin"), app)
+    app = await an_app(anywhere)
+    mika = await signed_in(anywhere, await anywhere.a_user("mika"), app)
+    root = await signed_in(anywhere, await anywhere.a_user("root", role="super_admin"), app)
     [target] = await session_ids(mika)
     answers = [await root("DELETE", f"/sessions/{session}") for session in (target, uuid.uuid4())]
     assert [answer.status_code for answer in answers] == [404, 404]
     assert answers[0].content == answers[1].content
     assert not await over(mika, app)
-    assert await people.events("session.ended") == []
+    assert await anywhere.events("session.ended") == []
 
 
 @pytest.mark.case("REF-26")
-async def test_signing_out_everywhere_ends_every_session(people: Service) -> None:
+async def test_signing_out_everywhere_ends_every_session(anywhere: Service) -> None:
     """Also the one it was asked for in; others' sessions and the own keys stay."""
-    user, app = await people.a_user("mika"), await an_app(people)
-    mika, elsewhere = await signed_in(people, user, app), await signed_in(people, user, await an_app(people))
-    ada, script = await signed_in(people, await people.a_user("ada"), app), await with_key(people, user)
+    user, app = await anywhere.a_user("mika"), await an_app(anywhere)
+    mika, elsewhere = await signed_in(anywhere, user, app), await signed_in(anywhere, user, await an_app(anywhere))
+    ada, script = await signed_in(anywhere, await anywhere.a_user("ada"), app), await with_key(anywhere, user)
     assert (await mika("DELETE", "/sessions")).status_code == 204
     assert await over(mika, app)
     assert (await elsewhere("GET")).status_code == 401
     assert not await over(ada, app)
     assert (await script("GET")).status_code == 200
     assert await session_ids(script) == []
-    [event] = await people.events("sessions.ended")
+    [event] = await anywhere.events("sessions.ended")
     assert event.detail == {"current_kept": False}
 
 
 @pytest.mark.case("REF-26")
-async def test_signing_out_everywhere_else_leaves_the_one_that_asks(people: Service) -> None:
+async def test_signing_out_everywhere_else_leaves_the_one_that_asks(anywhere: Service) -> None:
     """It can be refreshed, and it is listed as the only one."""
-    user, app = await people.a_user("mika"), await an_app(people)
-    mika, elsewhere = await signed_in(people, user, app), await signed_in(people, user, app)
+    user, app = await anywhere.a_user("mika"), await an_app(anywhere)
+    mika, elsewhere = await signed_in(anywhere, user, app), await signed_in(anywhere, user, app)
     assert (await mika("DELETE", "/sessions?except_current=true")).status_code == 204
     assert await over(elsewhere, app)
     assert len(await session_ids(mika)) == 1
@@ -152,24 +137,24 @@ async def test_a_sign_in_on_its_way_does_not_outlive_signing_out_everywhere(data
             assert (await late).status_code == 400
 
 
-async def test_a_key_sees_and_ends_sessions(people: Service) -> None:
+async def test_a_key_sees_and_ends_sessions(anywhere: Service) -> None:
     """As far as its scope goes; none of them is its own, so it keeps none."""
-    user, app = await people.a_user("mika"), await an_app(people)
-    mika, script = await signed_in(people, user, app), await with_key(people, user)
+    user, app = await anywhere.a_user("mika"), await an_app(anywhere)
+    mika, script = await signed_in(anywhere, user, app), await with_key(anywhere, user)
     assert [found["current"] for found in (await script("GET", "/sessions")).json()["items"]] == [False]
     assert (await script("DELETE", "/sessions?except_current=true")).status_code == 204
     assert await over(mika, app)
-    reader = await with_key(people, user, ["account:read"])
+    reader = await with_key(anywhere, user, ["account:read"])
     assert (await reader("DELETE", "/sessions")).status_code == 403
 
 
-async def test_sessions_come_in_pages(people: Service) -> None:
+async def test_sessions_come_in_pages(anywhere: Service) -> None:
     """Each once, in one order; a cursor is good for its own list only."""
-    user, app = await people.a_user("mika"), await an_app(people)
+    user, app = await anywhere.a_user("mika"), await an_app(anywhere)
     for _ in range(5):
-        mika = await signed_in(people, user, app)
-    people.clock.advance(60)
-    mika = await signed_in(people, user, app)
+        mika = await signed_in(anywhere, user, app)
+    anywhere.clock.advance(60)
+    mika = await signed_in(anywhere, user, app)
     everything = await session_ids(mika)
     assert len(everything) == 6
     pages, cursor = [], ""
@@ -178,16 +163,16 @@ async def test_sessions_come_in_pages(people: Service) -> None:
         pages.append([found["id"] for found in answer["items"]])
         first, cursor = cursor or answer["next_cursor"], answer["next_cursor"]
     assert pages == [everything[:4], everything[4:]]
-    ada = await signed_in(people, await people.a_user("ada"), app)
+    ada = await signed_in(anywhere, await anywhere.a_user("ada"), app)
     assert (await ada("GET", f"/sessions?cursor={first}")).status_code == 422
     assert (await mika("GET", "/sessions?limit=101")).status_code == 422
     assert (await mika("GET", f"/sessions?cursor={first[:-2]}AA")).status_code == 422
 
 
 @pytest.mark.parametrize("path", ["/sessions/nonsense", "/sessions/..", "/sessions?except_current=perhaps"])
-async def test_a_malformed_request_ends_nothing(people: Service, path: str) -> None:
+async def test_a_malformed_request_ends_nothing(anywhere: Service, path: str) -> None:
     """It is refused."""
-    mika = await signed_in(people, await people.a_user("mika"))
+    mika = await signed_in(anywhere, await anywhere.a_user("mika"))
     assert (await mika("DELETE", path)).status_code in (404, 405, 422)
     assert (await mika("GET")).status_code == 200
 
@@ -223,9 +208,9 @@ def test_a_device_is_shown_in_words(user_agent: str | None, device: str | None) 
     assert device_of(user_agent) == device
 
 
-async def test_a_session_without_a_user_agent_is_listed(people: Service) -> None:
+async def test_a_session_without_a_user_agent_is_listed(anywhere: Service) -> None:
     """As those are that began before it was kept."""
-    mika = await signed_in(people, await people.a_user("mika"))
-    await people.execute(update(refresh_families).values(user_agent=None, network=None))
+    mika = await signed_in(anywhere, await anywhere.a_user("mika"))
+    await anywhere.execute(update(refresh_families).values(user_agent=None, network=None))
     [found] = (await mika("GET", "/sessions")).json()["items"]
     assert (found["device"], found["network"]) == (None, None)

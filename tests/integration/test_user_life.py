@@ -2,7 +2,6 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator
 from datetime import datetime, timedelta
 
 import pytest
@@ -13,21 +12,7 @@ from identity_service.accounts.users import InvalidUser, NameTaken, State, User,
 from identity_service.infra.database import Transaction
 from identity_service.infra.tables import api_keys, refresh_families, users
 from tests.support.races import blocked, held
-from tests.support.service import PASSWORD, Service, running, test_settings
-
-
-@pytest.fixture(params=["database_url", "sqlite_url"])
-def url(request: pytest.FixtureRequest) -> str:
-    """The URL of a PostgreSQL database, then of a SQLite one."""
-    found: str = request.getfixturevalue(request.param)
-    return found
-
-
-@pytest.fixture
-async def anywhere(url: str) -> AsyncIterator[Service]:
-    """The service on either database."""
-    async with running(test_settings(url)) as service:
-        yield service
+from tests.support.service import PASSWORD, Service
 
 
 async def stored(service: Service, user: User, *, deleted: bool = False) -> User | None:

@@ -1,7 +1,6 @@
 """Sessions as their owner and an operator see them: which there are, ending one, and keeping one."""
 
 import uuid
-from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
 
@@ -13,23 +12,9 @@ from identity_service.accounts.users import User
 from identity_service.infra.audit import Origin
 from identity_service.infra.tables import clients, refresh_families
 from tests.support.races import blocked, held, loaded
-from tests.support.service import ISSUER, Registered, Service, running, test_settings
+from tests.support.service import ISSUER, Registered, Service
 
 MINUTE = timedelta(minutes=1)
-
-
-@pytest.fixture(params=["database_url", "sqlite_url"])
-def url(request: pytest.FixtureRequest) -> str:
-    """The URL of a PostgreSQL database, then of a SQLite one."""
-    found: str = request.getfixturevalue(request.param)
-    return found
-
-
-@pytest.fixture
-async def anywhere(url: str) -> AsyncIterator[Service]:
-    """The service on either database."""
-    async with running(test_settings(url)) as service:
-        yield service
 
 
 async def sessions(service: Service, user: User, current: uuid.UUID | None = None) -> list[Session]:

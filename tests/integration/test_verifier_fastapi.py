@@ -13,6 +13,7 @@ from starlette.routing import Route
 
 from identity_service.verifier import InsufficientScope, KeysUnavailable, TokenRefused, TokenVerifier, VerifiedClaims
 from identity_service.verifier.fastapi import Protect
+from tests.support.asking import connect
 from tests.support.issuer import AUDIENCE, METADATA, Issuer
 from tests.support.tokens import OMIT
 
@@ -208,22 +209,9 @@ async def test_whose_token_cannot_be_checked_is_asked_to_come_again(app: FastAPI
 async def test_it_guards_a_web_socket_too(app: FastAPI, issuer: Issuer) -> None:
     """Before it is accepted."""
 
-    async def connect(*headers: tuple[bytes, bytes]) -> dict[str, Any]:
-        scope = {"type": "websocket", "path": "/feed", "query_string": b"", "headers": headers}
-        told: list[dict[str, Any]] = []
-
-        async def receive() -> dict[str, Any]:
-            return {"type": "websocket.connect"}
-
-        async def send(message: dict[str, Any]) -> None:
-            told.append(message)
-
-        await app(scope, receive, send)
-        return told[0]
-
-    accepted = await connect((b"authorization", f"Bearer {issuer.mint()}".encode()))
+    accepted = await connect(app, (b"authorization", f"Bearer {issuer.mint()}".encode()))
     assert accepted["type"] == "websocket.accept"
-    answered = await connect()
+    answered = await connect(app)
     assert (answered["type"], answered["status"]) == ("websocket.http.response.start", 401)
     assert dict(answered["headers"])[b"www-authenticate"].decode() == NOBODY
 

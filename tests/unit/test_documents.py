@@ -3,6 +3,9 @@
 import re
 from pathlib import Path
 
+import pytest
+from fastapi import FastAPI
+
 from identity_service.cli import app
 from identity_service.infra.ratelimit.catalogue import catalogue
 from identity_service.main import create_app
@@ -14,6 +17,8 @@ from tests.support.service import BOOTSTRAP_SECRET, test_settings
 _ROOT = Path(__file__).parents[2]
 _README = (_ROOT / "README.md").read_text("utf-8")
 _API = (_ROOT / "docs" / "api.md").read_text("utf-8")
+_ROUTES, _, _REST = _API.partition("\n## Bodies\n")
+_BODIES = _REST.partition("\n## ")[0]
 
 
 def test_the_readme_lists_every_setting_and_no_other() -> None:
@@ -32,8 +37,9 @@ def test_the_readme_names_every_command() -> None:
         assert not missing, f"{group.name}: {missing}"
 
 
-def test_the_api_page_lists_every_route_with_its_scope(tmp_path: Path) -> None:
-    """With everything switched on; a page that lists less hides something, one that lists more promises it."""
+@pytest.fixture
+def app_of_everything(tmp_path: Path) -> FastAPI:
+    """The application with everything switched on."""
     everything = test_settings(
         f"sqlite+aiosqlite:///{tmp_path / 'x.db'}",
         registration="open",
@@ -41,13 +47,39 @@ def test_the_api_page_lists_every_route_with_its_scope(tmp_path: Path) -> None:
     )
     app = create_app(everything)
     app.state.services.hasher.close()
+    return app
+
+
+def test_the_api_page_lists_every_route_with_its_scope(app_of_everything: FastAPI) -> None:
+    """A page that lists less hides something, one that lists more promises it."""
+    app = app_of_everything
     offered = {
         (f"{method} {route.path}", rule_of(route).scope or "anybody")
         for route in routes_of(app.routes)
         for method in route.methods or ()
         if route.include_in_schema
     }
-    assert set(re.findall(r"^\| `([A-Z]+ /v1/[^`]+)` \| `?([a-z:]+)`? \|", _API, re.M)) == offered
+    assert set(re.findall(r"^\| `([A-Z]+ /v1/[^`]+)` \| `?([a-z:]+)`? \|", _ROUTES, re.M)) == offered
+
+
+def test_the_api_page_lists_every_member_of_every_body(app_of_everything: FastAPI) -> None:
+    """Which must be there, and in parentheses which may."""
+    listed = {}
+    for route, members in re.findall(r"^\| `([A-Z]+ /v1/[^`]+)` \| (.+) \|$", _BODIES, re.M):
+        may = set(re.findall(r"\(`(\w+)`", members))
+        listed[route] = (set(re.findall(r"`(\w+)`", members)) - may, may)
+    must, may = listed["POST /v1/admin/clients"]  # "and what a change may say"
+    listed["POST /v1/admin/clients"] = (must, may | (listed["PATCH /v1/admin/clients/{client_id}"][1] - must))
+    described = app_of_everything.openapi()
+    offered = {}
+    for path, methods in described["paths"].items():
+        for method, operation in methods.items():
+            content = operation.get("requestBody", {}).get("content", {})
+            if references := re.findall(r"#/components/schemas/(\w+)", str(content.get("application/json", ""))):
+                schema = described["components"]["schemas"][references[0]]
+                must = set(schema.get("required", ()))
+                offered[f"{method.upper()} {path}"] = (must, set(schema["properties"]) - must)
+    assert listed == offered
 
 
 def test_the_api_page_lists_every_limit_with_its_numbers() -> None:

@@ -58,8 +58,8 @@ class KeyRefused:
     """
     Why a key that was presented is not good, as a word for the log.
 
-    `unknown` and `wrong_secret` are guesses. The others go to somebody who has, or had, the key: `revoked`, `expired`
-    (also a secret whose overlap is over), `owner_disabled`, `network`.
+    `malformed`, `unknown` and `wrong_secret` are guesses. The others go to somebody who has, or had, the key:
+    `revoked`, `expired` (also a secret whose overlap is over), `owner_disabled`, `network`.
     """
 
     reason: str
@@ -67,7 +67,7 @@ class KeyRefused:
     @property
     def genuine(self) -> bool:
         """Whether the secret is one that we handed out."""
-        return self.reason not in ("unknown", "wrong_secret")
+        return self.reason not in ("malformed", "unknown", "wrong_secret")
 
 
 @dataclass(frozen=True, slots=True)

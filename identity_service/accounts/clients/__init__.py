@@ -10,6 +10,7 @@ from identity_service.accounts.clients.metadata import (
     Client,
     InvalidClientMetadata,
     NewClient,
+    NewSecret,
     SecretRecord,
 )
 from identity_service.accounts.clients.registry import MOST_SECRETS, Clients
@@ -26,5 +27,6 @@ __all__ = [
     "Clients",
     "InvalidClientMetadata",
     "NewClient",
+    "NewSecret",
     "SecretRecord",
 ]

@@ -7,6 +7,7 @@ from datetime import datetime
 from urllib.parse import urlsplit
 
 from identity_service.accounts.access import ScopeList, parse_scope
+from identity_service.infra.runtime import Secret
 
 TOKEN_EXCHANGE = "urn:ietf:params:oauth:grant-type:token-exchange"  # noqa: S105  # RFC 8693 §2.1
 GRANT_TYPES = (
@@ -66,6 +67,14 @@ class SecretRecord:
     id: uuid.UUID
     created_at: datetime
     expires_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class NewSecret:
+    """A client's new secret, the only time its text is at hand."""
+
+    id: uuid.UUID
+    text: Secret
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,14 @@ from typing import Any, final
 
 from sqlalchemy import delete, insert, or_, select, update
 
-from identity_service.accounts.clients.metadata import NO_AUTHENTICATION, Client, NewClient, SecretRecord, demand
+from identity_service.accounts.clients.metadata import (
+    NO_AUTHENTICATION,
+    Client,
+    NewClient,
+    NewSecret,
+    SecretRecord,
+    demand,
+)
 from identity_service.infra.database import Transaction
 from identity_service.infra.runtime import Clock, Secret, new_id
 from identity_service.infra.runtime.cache import RowCache
@@ -94,10 +101,11 @@ class Clients:
                 updated_at=now,
             )
         )
-        secret = None if new.token_endpoint_auth_method == NO_AUTHENTICATION else await self._add_secret(tx, client_id)
+        public = new.token_endpoint_auth_method == NO_AUTHENTICATION
+        secret = None if public else (await self._add_secret(tx, client_id)).text
         return await self._known(tx, client_id), secret
 
-    async def rotate_secret(self, tx: Transaction, client_id: str, *, overlap: timedelta) -> Secret:
+    async def rotate_secret(self, tx: Transaction, client_id: str, *, overlap: timedelta) -> NewSecret:
         """
         Add a new secret and let the others end after `overlap`; at most two are live, the oldest gives way.
 
@@ -213,11 +221,14 @@ class Clients:
         lists = await tx.execute(select(clients.c.cors_origins).where(clients.c.enabled).distinct())
         return frozenset(origin for origins in lists.scalars() for origin in origins)
 
-    async def _add_secret(self, tx: Transaction, client_id: str) -> Secret:
-        secret = Secret(encode_token("cs_", secrets.token_bytes(_SECRET_BYTES)))
+    async def _add_secret(self, tx: Transaction, client_id: str) -> NewSecret:
+        secret = NewSecret(new_id(), Secret(encode_token("cs_", secrets.token_bytes(_SECRET_BYTES))))
         await tx.execute(
             insert(client_secrets).values(
-                id=new_id(), client_id=client_id, digest=_digest(secret.reveal()), created_at=self._clock.now()
+                id=secret.id,
+                client_id=client_id,
+                digest=_digest(secret.text.reveal()),
+                created_at=self._clock.now(),
             )
         )
         return secret

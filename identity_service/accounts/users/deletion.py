@@ -33,7 +33,7 @@ async def delete_user(tx: Transaction, user_id: uuid.UUID, now: datetime) -> boo
     """
     held = (
         await tx.execute(
-            select(users.c.username, users.c.email)
+            select(users.c.username, users.c.email, users.c.enabled)
             .where(users.c.id == user_id, users.c.deleted_at.is_(None))
             .with_for_update(key_share=True)
         )
@@ -49,7 +49,7 @@ async def delete_user(tx: Transaction, user_id: uuid.UUID, now: datetime) -> boo
             username=username,
             email=address,
             email_canonical=address,
-            deleted_as={"username": held.username, "email": held.email},
+            deleted_as={"username": held.username, "email": held.email, "enabled": held.enabled},
             deleted_at=now,
             enabled=False,
             epoch=users.c.epoch + 1,
@@ -62,10 +62,10 @@ async def delete_user(tx: Transaction, user_id: uuid.UUID, now: datetime) -> boo
 
 async def restore_user(tx: Transaction, user_id: uuid.UUID, now: datetime) -> User | None:
     """
-    Give a deleted user their names back and enable them; return None if there is no such deleted user.
+    Give a deleted user their names back; return None if there is no such deleted user.
 
-    They have no password and no session: they must choose a new one. Raises NameTaken, after which this transaction
-    can only be rolled back.
+    Who was disabled before is so again. They have no password and no session: they must choose a new one. Raises
+    NameTaken, after which this transaction can only be rolled back.
     """
     row = (
         await tx.execute(
@@ -74,18 +74,18 @@ async def restore_user(tx: Transaction, user_id: uuid.UUID, now: datetime) -> Us
     ).first()
     if row is None:
         return None
-    names: dict[str, Any] = row.deleted_as
+    before: dict[str, Any] = row.deleted_as
     try:
         restored = await tx.execute(
             update(users)
             .where(users.c.id == user_id)
             .values(
-                username=names["username"],
-                email=names["email"],
-                email_canonical=check_email(names["email"]),
+                username=before["username"],
+                email=before["email"],
+                email_canonical=check_email(before["email"]),
                 deleted_as=null(),
                 deleted_at=None,
-                enabled=True,
+                enabled=before.get("enabled", True),  # rows of the first version do not say
                 updated_at=now,
             )
             .returning(*COLUMNS)

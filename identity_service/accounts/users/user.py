@@ -70,5 +70,5 @@ WAS_SOMEBODY: ColumnElement[bool] = users.c.deleted_as.is_not(null())
 def as_user(row: Row[Any]) -> User:
     """Return the user that a row of `COLUMNS` describes."""
     values = dict(row._mapping)
-    names = values.pop("deleted_as") or {}
-    return User(**values | names)
+    before = values.pop("deleted_as") or {}
+    return User(**values | {name: before[name] for name in ("username", "email") if name in before})

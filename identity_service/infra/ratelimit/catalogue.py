@@ -38,6 +38,8 @@ PASSWORD_CHANGE = Rule(name="password_change", burst=10, interval=60.0, memory=_
 """Wrong current passwords of a signed-in person: who holds a stolen session must not guess on."""
 API_KEY_CREATION = Rule(name="api_key_creation", burst=20, interval=600.0, memory=12000.0, credential=True)
 """API keys that one person makes; each is told to them by mail."""
+USERNAME_CHANGE = Rule(name="username_change", burst=10, interval=3600.0, memory=_DAY, credential=True)
+"""Usernames that one person tries for themselves: each refusal says that somebody has that name."""
 REGISTRATION_NETWORK = Rule(name="registration.network", burst=20, interval=180.0, memory=_DAY, credential=True)
 """Registrations from one network."""
 MAIL_NETWORK = Rule(name="mail.network", burst=30, interval=60.0, memory=_DAY, credential=True)
@@ -68,15 +70,7 @@ def catalogue(*, client_rate: int, api_key_rate: int) -> Mapping[str, Rule]:
     """Return every limit by its name."""
     rules = (
         *(SIGN_IN_NETWORK, SIGN_IN_ACCOUNT_NETWORK, SIGN_IN_ACCOUNT, CLIENT_AUTHENTICATION, TOKEN_GUESSING),
-        *(
-            API_KEY_GUESSING,
-            PASSWORD_CHANGE,
-            API_KEY_CREATION,
-            REGISTRATION_NETWORK,
-            MAIL_NETWORK,
-            MAIL_ADDRESS,
-            LINK_GUESSING,
-        ),
-        *(LINK_GUESSING, BOOTSTRAP, client_rule(client_rate), api_key_rule(api_key_rate)),
+        *(API_KEY_GUESSING, PASSWORD_CHANGE, API_KEY_CREATION, USERNAME_CHANGE, REGISTRATION_NETWORK),
+        *(MAIL_NETWORK, MAIL_ADDRESS, LINK_GUESSING, BOOTSTRAP, client_rule(client_rate), api_key_rule(api_key_rate)),
     )
     return {rule.name: rule for rule in rules}

@@ -15,13 +15,13 @@ from identity_service.infra.audit import AuditTrail
 from identity_service.infra.database import Transaction
 from identity_service.infra.ratelimit import Limiter, Spend
 from identity_service.infra.ratelimit.catalogue import API_KEY_CREATION
-from identity_service.web.account.parts import account_routes, given_back, person_of, signed_in
+from identity_service.web.account.parts import account_routes, given_back, limits_of, person_of
 from identity_service.web.callers import Caller, Callers, Entry, note
 from identity_service.web.deps import spend
 from identity_service.web.documented import problems
 from identity_service.web.paging import Cursors, CursorText, Limit, Page
 from identity_service.web.problems import Conflict, Fault, Forbidden, Invalid, NotFound
-from identity_service.web.strict import Label, StrictModel
+from identity_service.web.strict import Label, StrictModel, Unfit
 
 Notify: TypeAlias = Callable[[Transaction, str, User, Mapping[str, Any]], Awaitable[None]]
 """Orders a mail: its template, to whom, and what it must be told."""
@@ -31,13 +31,13 @@ _INSTANT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d
 
 
 def _instant(value: object) -> datetime:
-    """Return an instant of RFC 3339 in UTC; raises ValueError, also for one that UTC has no date for."""
+    """Return an instant of RFC 3339 in UTC; raises Unfit, also for one that UTC has no date for."""
     if not isinstance(value, str) or not _INSTANT.fullmatch(value):
-        raise ValueError("an instant of RFC 3339")
+        raise Unfit("must be an instant of RFC 3339, as 2030-01-31T12:00:00Z")
     try:
         return datetime.fromisoformat(value).astimezone(UTC)
     except OverflowError:
-        raise ValueError("an instant of RFC 3339") from None
+        raise Unfit("must be an instant of RFC 3339, as 2030-01-31T12:00:00Z") from None
 
 
 Instant = Annotated[datetime, BeforeValidator(_instant)]
@@ -201,7 +201,9 @@ def api_keys_router(
     router = account_routes("/v1/users/me/api-keys", tag="api-keys")
     routes = KeyRoutes(api_keys, cursors, audit)
     Reading = Annotated[Entry, Depends(callers.needs("account:read", person=True))]  # noqa: N806  # a type
-    Writing = Annotated[Entry, Depends(callers.needs("account:write", person=True))]  # noqa: N806  # a type
+    Writing = Annotated[  # noqa: N806  # a type
+        Entry, Depends(callers.needs("account:write", person=True, first_hand=True))
+    ]
 
     @router.get("", responses=problems())
     async def list_keys(entry: Reading, limit: Limit = 50, cursor: CursorText = None) -> Page[KeyShown]:
@@ -218,7 +220,7 @@ def api_keys_router(
         """Make a key; `key`, which holds its secret, is shown this once."""
 
         async def make(tx: Transaction, caller: Caller) -> KeyMade:
-            person = signed_in(caller)
+            person = person_of(caller)
             if not set(body.scope) <= caller.scopes:
                 raise Forbidden("A key cannot be given more than the token it is made with.")
             made = await routes.create(tx, caller, person.id, body)
@@ -226,7 +228,7 @@ def api_keys_router(
                 await notify(tx, "api_key_created", person, {"name": made.key.name})
             return KeyMade.with_text(made)
 
-        booked = [Spend(API_KEY_CREATION, await entry.run(_owner))]
+        booked = [Spend(API_KEY_CREATION, await entry.run(limits_of))]
         await spend(limiter, booked)
         async with given_back(limiter, booked):
             return await entry.run(make)
@@ -236,7 +238,7 @@ def api_keys_router(
         """Give a key a new secret; the old one works for the overlap."""
 
         async def rotate(tx: Transaction, caller: Caller) -> KeyMade:
-            person = signed_in(caller)
+            person = person_of(caller)
             return KeyMade.with_text(await routes.rotate(tx, caller, key_id, person.id, body, held=caller.rights))
 
         return await entry.run(rotate)
@@ -244,13 +246,9 @@ def api_keys_router(
     @router.delete("/{key_id}", status_code=204, responses=problems(404))
     async def revoke_key(entry: Writing, key_id: KeyId) -> None:
         """End a key, and every token it was exchanged for, at once."""
-        await entry.run(lambda tx, caller: routes.revoke(tx, caller, key_id, signed_in(caller).id))
+        await entry.run(lambda tx, caller: routes.revoke(tx, caller, key_id, person_of(caller).id))
 
     return router
-
-
-async def _owner(_tx: Transaction, caller: Caller) -> str:
-    return f"u:{signed_in(caller).id}"
 
 
 def _check_hands_on(caller: Caller, scope: Collection[str]) -> None:

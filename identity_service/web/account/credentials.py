@@ -21,7 +21,7 @@ from identity_service.web.account.parts import (
     account_routes,
     given_back,
     invalid,
-    signed_in,
+    person_of,
 )
 from identity_service.web.account.reauthentication import Reauthentication
 from identity_service.web.callers import Caller, Entry
@@ -56,11 +56,11 @@ class Farewell(StrictModel):
 def credentials_router(parts: AccountParts) -> APIRouter:
     """Return the routes that change the password and the address, and that delete the account."""
     router = account_routes("/v1/users/me")
-    Writing = Annotated[Entry, Depends(parts.callers.needs("account:write", person=True))]  # noqa: N806  # a type
+    Writing = Annotated[Entry, Depends(parts.callers.needs("account:write", person=True, first_hand=True))]  # noqa: N806  # a type
     reauthentication = Reauthentication(parts)
 
     async def names_of(_tx: Transaction, caller: Caller) -> tuple[str, str]:
-        user = signed_in(caller)
+        user = person_of(caller)
         return user.username, user.email
 
     @router.post("/password", status_code=204, responses=problems(409))

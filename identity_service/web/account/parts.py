@@ -30,7 +30,7 @@ from identity_service.infra.runtime.hashing import HashingBusy
 from identity_service.web.callers import Caller, Callers, note
 from identity_service.web.deps import Unauthenticated
 from identity_service.web.paging import Cursors
-from identity_service.web.problems import Fault, Forbidden, Invalid
+from identity_service.web.problems import Fault, Invalid
 from identity_service.web.strict import StrictRoute
 
 log = structlog.get_logger(__name__)
@@ -117,16 +117,14 @@ def person_of(caller: Caller) -> User:
     return caller.user
 
 
+async def limits_of(_tx: Transaction, caller: Caller) -> str:
+    """Return the key under which a person's own limits are counted."""
+    return f"u:{person_of(caller).id}"
+
+
 def invalid(error: InvalidUser) -> Invalid:
     """Return the refusal of a name, an address or a role that cannot be."""
     return Invalid(Fault(f"/{error.field}", error.detail))
-
-
-def signed_in(caller: Caller) -> User:
-    """Return the person who calls from a session of their own; raises Forbidden for a key, which must not take over."""
-    if caller.session_id is None:
-        raise Forbidden("This needs a session, not an API key.")
-    return person_of(caller)
 
 
 @asynccontextmanager

@@ -9,11 +9,14 @@ from pydantic import BaseModel
 
 from identity_service.accounts.users import InvalidUser, NameTaken, User
 from identity_service.infra.database import Transaction
-from identity_service.web.account.parts import AccountParts, Text, account_routes, invalid, person_of, signed_in
+from identity_service.infra.ratelimit import Spend
+from identity_service.infra.ratelimit.catalogue import USERNAME_CHANGE
+from identity_service.web.account.parts import AccountParts, Text, account_routes, invalid, limits_of, person_of
 from identity_service.web.callers import Caller, Entry
+from identity_service.web.deps import spend
 from identity_service.web.documented import problems
 from identity_service.web.paging import IfMatch, check_if_match, tagged
-from identity_service.web.problems import Conflict, NotFound
+from identity_service.web.problems import Conflict, Forbidden, NotFound
 from identity_service.web.strict import StrictModel
 
 
@@ -71,9 +74,9 @@ def profile_router(parts: AccountParts) -> APIRouter:
         """Change the username or the name; sessions stay."""
 
         async def change(tx: Transaction, caller: Caller) -> Profile:
-            # What somebody signs in with is theirs to change, and no key's.
-            person = signed_in(caller) if "username" in body.model_fields_set else person_of(caller)
-            user = await parts.users.locked(tx, person.id)
+            if "username" in body.model_fields_set and not caller.first_hand:
+                raise Forbidden("The username is changed from a session of the person's own.")
+            user = await parts.users.locked(tx, person_of(caller).id)
             if user is None:
                 raise NotFound
             check_if_match(if_match, Profile.of(user))
@@ -93,6 +96,8 @@ def profile_router(parts: AccountParts) -> APIRouter:
             await parts.record(tx, caller, "user.changed", str(user.id), {"members": sorted(given)})
             return Profile.of(renamed)
 
+        if "username" in body.model_fields_set:
+            await spend(parts.limiter, [Spend(USERNAME_CHANGE, await entry.run(limits_of))])
         return tagged(response, await entry.run(change))
 
     return router

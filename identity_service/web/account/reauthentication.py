@@ -9,7 +9,7 @@ from identity_service.infra.database import Transaction
 from identity_service.infra.ratelimit import Spend
 from identity_service.infra.ratelimit.catalogue import PASSWORD_CHANGE
 from identity_service.infra.runtime import Secret
-from identity_service.web.account.parts import AccountParts, given_back, signed_in
+from identity_service.web.account.parts import AccountParts, given_back, person_of
 from identity_service.web.callers import Caller, Entry
 from identity_service.web.deps import spend
 from identity_service.web.problems import Conflict, Forbidden
@@ -26,7 +26,7 @@ class Reauthentication:
         """
         Return what is stored about the person whose password this is; `act` names for the audit trail what it is for.
 
-        Raises Forbidden for a wrong password and for an API key, TooManyRequests, HashingBusy. Every try is booked
+        Raises Forbidden for a wrong password, TooManyRequests, HashingBusy. Every try is booked
         before the password is looked at, and taken back when it was right or nobody could look.
         """
         facts = await entry.run(self._facts)
@@ -42,19 +42,19 @@ class Reauthentication:
 
     async def locked(self, tx: Transaction, caller: Caller, facts: SignInFacts) -> User:
         """
-        Return the person, whom nobody else changes until this transaction ends; raises Conflict, Forbidden.
+        Return the person, whom nobody else changes until this transaction ends; raises Conflict.
 
         What was checked about them must still be so: a new password, or anything else that ends all sessions, may have
         come between.
         """
-        user = await self._parts.users.locked(tx, signed_in(caller).id)
+        user = await self._parts.users.locked(tx, person_of(caller).id)
         if user is None or user.id != facts.user_id or user.epoch != facts.epoch:
             raise Conflict("The account was changed meanwhile.")
         return user
 
     async def _facts(self, tx: Transaction, caller: Caller) -> SignInFacts:
-        facts = await self._parts.users.facts(tx, signed_in(caller).username)
-        if facts is None or facts.user_id != signed_in(caller).id:
+        facts = await self._parts.users.facts(tx, person_of(caller).username)
+        if facts is None or facts.user_id != person_of(caller).id:
             raise Conflict("The account was changed meanwhile.")
         return facts
 

@@ -14,7 +14,7 @@ from identity_service.infra.audit import AuditTrail
 from identity_service.infra.database import Transaction
 from identity_service.web.account.api_keys import KeyCreation, KeyId, KeyMade, KeyRotation, KeyRoutes, KeyShown
 from identity_service.web.account.parts import account_routes
-from identity_service.web.callers import Caller, Callers, Entry, check_first_hand
+from identity_service.web.callers import Caller, Callers, Entry
 from identity_service.web.documented import problems
 from identity_service.web.paging import Cursors, CursorText, Limit, Page
 from identity_service.web.problems import Conflict, Forbidden, NotFound
@@ -40,9 +40,9 @@ def admin_api_keys_router(
     router = account_routes("/v1/admin", tag="api-keys")
     routes = KeyRoutes(api_keys, cursors, audit)
     Reading = Annotated[Entry, Depends(callers.needs("clients:read"))]  # noqa: N806  # a type
-    Writing = Annotated[Entry, Depends(callers.needs("clients:write"))]  # noqa: N806  # a type
+    Writing = Annotated[Entry, Depends(callers.needs("clients:write", first_hand=True))]  # noqa: N806  # a type
     ReadingUsers = Annotated[Entry, Depends(callers.needs("users:read"))]  # noqa: N806  # a type
-    WritingUsers = Annotated[Entry, Depends(callers.needs("users:write"))]  # noqa: N806  # a type
+    WritingUsers = Annotated[Entry, Depends(callers.needs("users:write", first_hand=True))]  # noqa: N806  # a type
 
     async def service(tx: Transaction, client_id: str) -> Client:
         """Return a client, which holds still until the transaction ends; raises NotFound."""
@@ -87,7 +87,6 @@ def admin_api_keys_router(
         """Make a key for a service; `key`, which holds its secret, is shown this once."""
 
         async def make(tx: Transaction, caller: Caller) -> KeyMade:
-            check_first_hand(caller)
             client = await service(tx, client_id)
             if client.public:
                 raise Conflict("A public client cannot keep a key.")
@@ -102,7 +101,6 @@ def admin_api_keys_router(
         """End a service's key, and every token it was exchanged for, at once."""
 
         async def revoke(tx: Transaction, caller: Caller) -> None:
-            check_first_hand(caller)
             await service(tx, client_id)
             await routes.revoke(tx, caller, key_id, client_id)
 
@@ -128,7 +126,6 @@ def admin_api_keys_router(
         """Give a service's key a new secret; the old one works for the overlap."""
 
         async def rotate(tx: Transaction, caller: Caller) -> KeyMade:
-            check_first_hand(caller)
             owner = await service_of(tx, key_id)
             return KeyMade.with_text(await routes.rotate(tx, caller, key_id, owner.id, body, held=owner.scope))
 
@@ -139,7 +136,6 @@ def admin_api_keys_router(
         """End anybody's key, and every token it was exchanged for, at once."""
 
         async def revoke(tx: Transaction, caller: Caller) -> None:
-            check_first_hand(caller)
             key = await api_keys.get(tx, key_id, None)
             if key is None:
                 raise NotFound

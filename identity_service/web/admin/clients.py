@@ -4,7 +4,7 @@ import uuid
 from datetime import datetime, timedelta
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Path, Response
+from fastapi import APIRouter, Body, Depends, Path, Response
 from pydantic import BaseModel, Field, StringConstraints
 
 from identity_service.accounts import access
@@ -12,7 +12,7 @@ from identity_service.accounts.access import Access
 from identity_service.accounts.clients import Client, Clients, InvalidClientMetadata, NewClient
 from identity_service.infra.audit import AuditTrail
 from identity_service.infra.database import Transaction
-from identity_service.web.callers import Caller, Callers, Entry, check_first_hand, note
+from identity_service.web.callers import Caller, Callers, Entry, note
 from identity_service.web.documented import problems
 from identity_service.web.paging import Cursors, CursorText, IfMatch, Limit, Page, check_if_match, tagged
 from identity_service.web.problems import Conflict, Fault, Forbidden, Invalid, NotFound
@@ -45,9 +45,15 @@ class _Metadata(StrictModel):
     refresh_retry_window: int | None = None
 
     def said(self) -> dict[str, Any]:
-        """Return the members that were sent; null stands for the installation's default, where there is one."""
+        """
+        Return the members that were sent; null stands for the installation's default, where there is one.
+
+        Raises Invalid for null where there is none: it would be taken for a change, and change nothing.
+        """
         sent = {name: getattr(self, name) for name in self.model_fields_set}
-        return {name: value for name, value in sent.items() if value is not None or name in _MAY_BE_NULL}
+        if nulls := [name for name, value in sent.items() if value is None and name not in _MAY_BE_NULL]:
+            raise Invalid(*(Fault(f"/{name}", "must not be null") for name in sorted(nulls)))
+        return sent
 
 
 _MAY_BE_NULL = frozenset(("access_token_ttl", "refresh_idle_ttl", "refresh_absolute_ttl"))
@@ -117,8 +123,9 @@ class SecretShown(BaseModel):
 
 
 class SecretCreated(BaseModel):
-    """A new secret, shown this once."""
+    """A new secret, shown this once; by its id it can be ended."""
 
+    id: uuid.UUID
     client_secret: str
 
 
@@ -129,11 +136,11 @@ def clients_router(
     router = APIRouter(prefix="/v1/admin/clients", tags=["clients"], route_class=StrictRoute)
     Reading = Annotated[Entry, Depends(callers.needs("clients:read"))]  # noqa: N806  # a type
     Writing = Annotated[Entry, Depends(callers.needs("clients:write"))]  # noqa: N806  # a type
+    Making = Annotated[Entry, Depends(callers.needs("clients:write", first_hand=True))]  # noqa: N806  # a type
 
     async def check_scope(tx: Transaction, caller: Caller, scope: list[str]) -> None:
         """Raise Invalid for scopes that do not exist, Forbidden for those the caller could not hand on."""
-        defined = {known.name for known in await access_rules.defined(tx)}
-        if not set(scope) <= defined:
+        if not set(scope) <= await access_rules.existing(tx, scope):
             raise Invalid(Fault("/scope", "names a scope that is not defined"))
         if access.missing(scope, scopes=caller.scopes, rights=caller.rights):
             raise Forbidden("A client cannot be given more than you hold.")
@@ -167,12 +174,11 @@ def clients_router(
         return Page(items=[ClientShown.of(client) for client in page], next_cursor=following)
 
     @router.post("", status_code=201, responses=problems())
-    async def create(entry: Writing, body: ClientCreation) -> ClientCreated:
+    async def create(entry: Making, body: ClientCreation) -> ClientCreated:
         """Register a client."""
         said = body.said()
 
         async def work(tx: Transaction, caller: Caller) -> ClientCreated:
-            check_first_hand(caller)
             await check_scope(tx, caller, said.get("scope", []))
             try:
                 client, secret = await clients.register(tx, NewClient(**said))
@@ -260,16 +266,18 @@ def clients_router(
         return await entry.run(work)
 
     @router.post("/{client_id}/secrets", status_code=201, responses=problems(404, 409))
-    async def rotate_secret(entry: Writing, client_id: ClientId, body: SecretCreation) -> SecretCreated:
+    async def rotate_secret(
+        entry: Making, client_id: ClientId, body: Annotated[SecretCreation | None, Body()] = None
+    ) -> SecretCreated:
         """Make a new secret; those that exist end after the overlap, and at most two are live."""
+        overlap = (body or SecretCreation()).overlap
 
         async def work(tx: Transaction, caller: Caller) -> SecretCreated:
-            check_first_hand(caller)
             if (await charge(tx, caller, client_id)).public:
                 raise Conflict("A public client has no secret.")
-            secret = await clients.rotate_secret(tx, client_id, overlap=timedelta(seconds=body.overlap))
-            await record(tx, caller, "client.secret_rotated", client_id, {"overlap": body.overlap})
-            return SecretCreated(client_secret=secret.reveal())
+            secret = await clients.rotate_secret(tx, client_id, overlap=timedelta(seconds=overlap))
+            await record(tx, caller, "client.secret_rotated", client_id, {"overlap": overlap})
+            return SecretCreated(id=secret.id, client_secret=secret.text.reveal())
 
         return await entry.run(work)
 

@@ -34,8 +34,8 @@ class RoleCreation(StrictModel):
 class RolePatch(StrictModel):
     """What is to be changed; absent members stay."""
 
-    description: _Description | None = None
-    scopes: _Words | None = None
+    description: _Description = ""
+    scopes: _Words = Field(default_factory=list)
 
 
 class RoleShown(BaseModel):
@@ -157,15 +157,17 @@ def roles_router(callers: Callers, rules: Access, audit: AuditTrail) -> APIRoute
         entry: Writing, name: RoleName, body: RolePatch, response: Response, if_match: IfMatch = None
     ) -> RoleShown:
         """Change a role; whoever has it gains and loses with it, at our own API at once."""
+        description = body.description if "description" in body.model_fields_set else None
+        scopes = body.scopes if "scopes" in body.model_fields_set else None
 
         async def work(tx: Transaction, caller: Caller) -> RoleShown:
             role = await changeable(tx, caller, name)
             check_if_match(if_match, RoleShown.of(role))
-            check_grant(caller, set(body.scopes or ()) & await known(tx))
-            if body.scopes is not None and not set(role.scopes) <= set(body.scopes):
+            check_grant(caller, set(scopes or ()) & await known(tx))
+            if scopes is not None and not set(role.scopes) <= set(scopes):
                 await check_those_above(tx, caller, name)
             try:
-                changed = await rules.update_role(tx, name, description=body.description, names=body.scopes)
+                changed = await rules.update_role(tx, name, description=description, names=scopes)
             except InvalidRole as error:
                 raise _invalid(error) from None
             detail = {"added": sorted(changed.held - role.held), "removed": sorted(role.held - changed.held)}

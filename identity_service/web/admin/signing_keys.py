@@ -79,23 +79,23 @@ def signing_keys_router(callers: Callers, keys: SigningKeys, acts: KeyActs) -> A
         To give up every published key at once there is only the command: siblings that cache the JWKS then refuse
         tokens for up to 15 minutes.
         """
-        # Made before any lock is taken, and only for who may: making a key takes up to a second.
-        await entry.run(lambda tx, _: _find(tx, kid))
+        # Made before any lock is taken, and only for who may and has reason to: making a key takes up to a second.
+        await entry.run(lambda tx, _: check_in_use(tx, kid))
         spare = await keys.generate(2)
 
         async def work(tx: Transaction, caller: Caller) -> list[SigningKeyShown]:
-            state = await _find(tx, kid)
-            if state in (KeyState.COMPROMISED, KeyState.RETIRED):
-                raise Conflict("The key is out of use already.")
+            await check_in_use(tx, kid)
             await acts.compromise(tx, [kid], spare, actor(caller))
             return await schedule(tx)
 
         return await entry.run(work)
 
-    async def _find(tx: Transaction, kid: str) -> KeyState:
+    async def check_in_use(tx: Transaction, kid: str) -> None:
+        """Raise NotFound for a key that is none, Conflict for one that nobody trusts any more."""
         states = {record.kid: state for record, state in await keys.describe(tx)}
         if kid not in states:
             raise NotFound
-        return states[kid]
+        if states[kid] in (KeyState.COMPROMISED, KeyState.RETIRED):
+            raise Conflict("The key is out of use already.")
 
     return router
