@@ -77,6 +77,7 @@ async def sign_in(service: Service, client: Registered, name: str, password: str
 
 
 @pytest.mark.rfc("6749", "5.2")
+@pytest.mark.case("ACC-01")
 @pytest.mark.case("PWG-03")
 async def test_every_failed_sign_in_is_answered_with_the_same_bytes(either_url: str) -> None:
     """Body and headers, whatever was wrong, at the first attempt and at the last before the limit."""
@@ -96,6 +97,7 @@ async def test_every_failed_sign_in_is_answered_with_the_same_bytes(either_url: 
         assert reasons == {"unknown_user", "wrong_password", "user_disabled", "email_unverified"}
 
 
+@pytest.mark.case("ACC-01")
 @pytest.mark.case("PWG-03")
 async def test_every_failed_sign_in_costs_one_verification(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is no hash a decoy is computed: the time, and what others wait for, is the same."""

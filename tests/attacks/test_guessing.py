@@ -8,7 +8,9 @@ from collections.abc import AsyncIterator
 import httpx2
 import pytest
 
+from identity_service.accounts.throttle import Attempt
 from identity_service.infra.ratelimit import Limited
+from identity_service.infra.telemetry import TOKENS
 from tests.support.hashing import watch_verifications
 from tests.support.reading import unverified_claims
 from tests.support.refusals import refusal
@@ -140,6 +142,21 @@ async def test_a_password_sprayed_over_many_names_is_stopped(either: Service) ->
     assert wait_of(await guess(either, client, user.username)) == 2
     either.clock.advance(2)
     assert await statuses(either, client, "name99", 2) == [400, 429]
+
+
+@pytest.mark.case("ACC-07")
+async def test_a_password_sprayed_from_many_networks_shows_in_the_metrics(proxied: Service) -> None:
+    """No limit sees two guesses from each of two hundred networks; whoever watches the failures does."""
+    client = await proxied.a_client()
+
+    def failures() -> float:
+        return float(TOKENS.labels("password", client.id, "invalid_grant")._value.get())
+
+    before = failures()
+    for number in range(400):
+        answer = await guess(proxied, client, f"name{number}", x_forwarded_for=f"198.51.{number % 200}.1")
+        assert answer.status_code == 400
+    assert failures() == before + 400
 
 
 # -- a stranger locks nobody out --------------------------------------------------------------------------------------
@@ -276,6 +293,38 @@ async def test_an_ipv6_network_of_one_household_counts_as_one(proxied: Service) 
         )
     assert answers == [400] * ATTEMPTS + [429] * 2
     assert await statuses(proxied, client, user.username, 1, x_forwarded_for="2001:db8:1:2::1") == [400]
+
+
+@pytest.mark.case("ACC-11")
+async def test_who_changes_between_the_networks_of_one_site_is_stopped_as_well(proxied: Service) -> None:
+    """A /56 holds 256 networks of sixty guesses each; three hundred in all pass, and the next site goes on."""
+    client = await proxied.a_client()
+
+    async def spray(site: str) -> Counter[int]:
+        answers = [
+            await guess(proxied, client, f"name{number}", x_forwarded_for=f"2001:db8:{site}{number % 8:02x}::1")
+            for number in range(320)
+        ]
+        return Counter(answer.status_code for answer in answers)
+
+    assert await spray("1:2") == {400: 300, 429: 20}
+    assert wait_of(await guess(proxied, client, "nobody", x_forwarded_for="2001:db8:1:2ff::9")) == 1
+    assert (await guess(proxied, client, "nobody", x_forwarded_for="2001:db8:1:300::9")).status_code == 400
+
+
+@pytest.mark.case("ACC-11")
+async def test_right_passwords_cost_a_site_nothing(proxied: Service) -> None:
+    client, user = await proxied.a_client(), await proxied.a_user()
+    here = {"x_forwarded_for": "2001:db8:1:2::1"}
+    for _ in range(305):
+        await proxied.services.throttle.succeeded(await booked(proxied, user.username, "2001:db8:1:2::/64"))
+    assert (await guess(proxied, client, user.username, PASSWORD, **here)).status_code == 200
+
+
+async def booked(service: Service, name: str, network: str) -> Attempt:
+    attempt = await service.services.throttle.book(name, network)
+    assert isinstance(attempt, Attempt)
+    return attempt
 
 
 async def test_the_audit_trail_names_the_network_that_counts(proxied: Service) -> None:

@@ -13,6 +13,8 @@ _HOUR, _DAY = 3600.0, 86400.0
 
 SIGN_IN_NETWORK = Rule(name="sign_in.network", burst=60, interval=2.0, memory=_HOUR, credential=True)
 """Failures from one network, whatever the names: spraying one password over many accounts."""
+SIGN_IN_SITE = Rule(name="sign_in.site", burst=300, interval=0.4, memory=_HOUR, credential=True)
+"""Failures from one IPv6 /56, what a household or a rented machine is given: 256 networks to change between."""
 SIGN_IN_ACCOUNT_NETWORK = Rule(
     name="sign_in.account_network", burst=10, interval=1.0, growth=2.0, max_interval=900.0, memory=_DAY, credential=True
 )
@@ -69,8 +71,8 @@ def api_key_rule(per_minute: int) -> Rule:
 def catalogue(*, client_rate: int, api_key_rate: int) -> Mapping[str, Rule]:
     """Return every limit by its name."""
     rules = (
-        *(SIGN_IN_NETWORK, SIGN_IN_ACCOUNT_NETWORK, SIGN_IN_ACCOUNT, CLIENT_AUTHENTICATION, TOKEN_GUESSING),
-        *(API_KEY_GUESSING, PASSWORD_CHANGE, API_KEY_CREATION, USERNAME_CHANGE, REGISTRATION_NETWORK),
+        *(SIGN_IN_NETWORK, SIGN_IN_SITE, SIGN_IN_ACCOUNT_NETWORK, SIGN_IN_ACCOUNT, CLIENT_AUTHENTICATION),
+        *(TOKEN_GUESSING, API_KEY_GUESSING, PASSWORD_CHANGE, API_KEY_CREATION, USERNAME_CHANGE, REGISTRATION_NETWORK),
         *(MAIL_NETWORK, MAIL_ADDRESS, LINK_GUESSING, BOOTSTRAP, client_rule(client_rate), api_key_rule(api_key_rate)),
     )
     return {rule.name: rule for rule in rules}
