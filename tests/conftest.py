@@ -25,6 +25,7 @@ import structlog
 from identity_service.infra.migrate import migrate
 from tests.support import canary
 from tests.support.matrix import OPTION, ConformancePlugin
+from tests.support.operators import Operator, an_operator
 from tests.support.servers import PostgresServer, RedisServer, ServerUnavailableError, find_postgres, find_redis
 from tests.support.service import Service, prepare_keys, running, test_settings
 
@@ -164,6 +165,12 @@ async def embedded(sqlite_url: str) -> AsyncIterator[Service]:
     """The service on SQLite with limits in memory: the embedded default."""
     async with running(test_settings(sqlite_url)) as running_service:
         yield running_service
+
+
+@pytest.fixture
+async def boss(service: Service) -> Operator:
+    """A signed-in operator who holds everything."""
+    return await an_operator(service)
 
 
 @pytest.fixture

@@ -12,12 +12,6 @@ from tests.support.service import ISSUER, PASSWORD, Service
 STRONG = sorted(PERMISSIONS)
 
 
-@pytest.fixture
-async def boss(service: Service) -> Operator:
-    """Somebody who holds everything."""
-    return await an_operator(service)
-
-
 async def with_role(service: Service, name: str, scopes: list[str]) -> Operator:
     """Return a signed-in person whose role holds these scopes and nothing else."""
     access = service.services.access

@@ -15,7 +15,6 @@ from identity_service.verifier import TokenVerifier
 from tests.support.clock import UnixClock
 from tests.support.commands import CHEAP, Cli, Forge, in_production
 from tests.support.issuer import AUDIENCE, Issuer, wait_for_fetches
-from tests.support.operators import Operator, an_operator
 from tests.support.service import MASTER_KEY, Service, running, test_settings
 from tests.support.trail import Trail, opened_trail
 
@@ -38,12 +37,6 @@ def clock() -> UnixClock:
 def verifier(issuer: Issuer, clock: UnixClock) -> TokenVerifier:
     """A verifier that has fetched nothing yet."""
     return TokenVerifier(issuer.url, AUDIENCE, clock=clock)
-
-
-@pytest.fixture
-async def boss(service: Service) -> Operator:
-    """A signed-in operator who holds everything."""
-    return await an_operator(service)
 
 
 @pytest.fixture(params=["database_url", "sqlite_url"], ids=["postgresql", "sqlite"])

@@ -163,6 +163,7 @@ def test_the_name_of_the_service_is_never_markup() -> None:
     assert letter.subject.startswith("<b>Bold</b> Co: ")
 
 
+@pytest.mark.case("ADM-21")
 @pytest.mark.parametrize("name", ["{{ 7 * 7 }}", "{% include 'layout.html' %}", "{{ link }}", "{# x #}"])
 def test_a_value_is_never_a_template(name: str) -> None:
     """Braces are letters."""
