@@ -6,7 +6,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -58,8 +58,9 @@ def on_core(core: int) -> Iterator[None]:
 def pin_tree(pid: int, core: int) -> None:
     """Move process `pid`, all its threads and all its descendants to `core`; what they start later inherits it."""
     for member in tree(pid):
-        for thread in Path(f"/proc/{member}/task").iterdir():
-            os.sched_setaffinity(int(thread.name), {core})
+        with suppress(FileNotFoundError, ProcessLookupError):  # a database's helpers come and go
+            for thread in Path(f"/proc/{member}/task").iterdir():
+                os.sched_setaffinity(int(thread.name), {core})
 
 
 def rsa_speed(core: int, seconds: int = 1) -> RsaSpeed:

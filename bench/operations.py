@@ -40,7 +40,7 @@ def _client_credentials(service: Service, connections: int) -> list[Call]:
 
 def _refresh_token(service: Service, connections: int) -> list[Call]:
     """Start a family for each connection; one user holds them all, as one row read by many costs no waiting."""
-    person = service.create_user("bench-refresh")
+    person = service.user("bench-refresh")
     return [
         service.refresh_call(service.ask(service.sign_in_call(person), "refresh_token")) for _ in range(connections)
     ]
@@ -52,18 +52,18 @@ def _jwks(_: Service, connections: int) -> list[Call]:
 
 def _password(service: Service, connections: int) -> list[Call]:
     """Sign each user in on one connection only: people do not sign in twice at the same instant."""
-    return [service.sign_in_call(service.create_user(f"bench-person-{number}")) for number in range(connections)]
+    return [service.sign_in_call(service.user(f"bench-person-{number}")) for number in range(connections)]
 
 
 def _users_me(service: Service, connections: int) -> list[Call]:
-    person = service.create_user("bench-reader")
+    person = service.user("bench-reader")
     token = service.ask(service.sign_in_call(person), "access_token")
     return [bearer_call("/v1/users/me", token)] * connections
 
 
 def _introspect(service: Service, connections: int) -> list[Call]:
     """Ask about a user's tokens, another one on each connection; all are live, so the database is asked every time."""
-    person = service.create_user("bench-introspected")
+    person = service.user("bench-introspected")
     return [
         service.introspection_call(service.ask(service.sign_in_call(person), "access_token"))
         for _ in range(connections)

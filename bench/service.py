@@ -102,7 +102,7 @@ class Service:
             )
         )
         self._database_url = database_url
-        self._operator: Person | None = None
+        self._people: dict[str, Person] = {}
         self.app: str = self._create_client(
             *("bench-app", "--public", "--first-party", "--grant", "password", "--grant", "refresh_token"),
             *("--scope", "users:read", "--scope", "clients:write"),
@@ -127,9 +127,11 @@ class Service:
         """The process id of PostgreSQL's first process, the parent of all its others."""
         return self._postmaster
 
-    def create_user(self, username: str, *, role: str = "user") -> Person:
-        """Create an enabled user with a random password."""
-        person = Person(username, secrets.token_urlsafe(24))
+    def user(self, username: str, *, role: str = "user") -> Person:
+        """Return an enabled user with a random password, created when first asked for."""
+        if (known := self._people.get(username)) is not None:
+            return known
+        person = self._people[username] = Person(username, secrets.token_urlsafe(24))
         self._command(
             *("users", "create", username, "--email", f"{username}@example.com", "--role", role),
             *("--password-stdin", "--json"),
@@ -161,9 +163,7 @@ class Service:
 
     def operator_token(self) -> str:
         """Return an access token of somebody who may do everything."""
-        if self._operator is None:
-            self._operator = self.create_user("bench-operator", role="super_admin")
-        return self.ask(self.sign_in_call(self._operator), "access_token")
+        return self.ask(self.sign_in_call(self.user("bench-operator", role="super_admin")), "access_token")
 
     def create_api_keys(self, number: int) -> list[str]:
         """Create API keys of the confidential client that asks for tokens."""
