@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from sqlalchemy import Select, delete, func, insert, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
 from identity_service.infra.database import Transaction
@@ -31,6 +30,8 @@ PERMISSIONS = frozenset(
 SEEDED_ROLES = ("user", "moderator", "admin", SUPER_ADMIN)
 """The roles that every installation has; each holds what the one before it holds."""
 SELF_SERVICE = frozenset(("account:read", "account:write"))
+ADMINISTRATORS_LOCK = "administrators"
+"""Held by whoever makes or removes people who can do everything, or changes what roles there are: one at a time."""
 _ROLE_NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 _LONGEST_DESCRIPTION = 500
 _SCOPE_TOKEN = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]{1,128}")
@@ -119,11 +120,6 @@ def _held_by(role: str) -> Select[Any]:
     return select(role_scopes.c.scope).where(role_scopes.c.role.in_(select(line.c.name))).distinct()
 
 
-def _dialect(tx: Transaction) -> Any:
-    """Return where this database's INSERT is, which can leave alone a row that somebody else made meanwhile."""
-    return sqlite if tx.on_sqlite else postgresql
-
-
 @final
 class Access:
     """Reads and writes roles and scopes."""
@@ -183,7 +179,7 @@ class Access:
             raise InvalidRole("name: a lower-case letter, then at most 63 of a-z, 0-9, underscore, hyphen")
         if len(description) > _LONGEST_DESCRIPTION:
             raise InvalidRole("description: at most 500 characters")
-        await tx.lock("administrators")  # ranks are given one at a time
+        await tx.lock(ADMINISTRATORS_LOCK)  # ranks are given one at a time
         if parent is not None and await self.role(tx, parent, lock=True) is None:
             raise InvalidRole("parent: there is no such role")
         if await self.role(tx, name) is not None:
@@ -249,7 +245,7 @@ class Access:
         known = set((await tx.execute(select(scopes.c.name).where(scopes.c.name.in_(names)))).scalars())
         new = [name for name in dict.fromkeys(names) if name not in known]
         for name in new:
-            row = _dialect(tx).insert(scopes).values(name=name, description=description)
+            row = tx.insert(scopes).values(name=name, description=description)
             await tx.execute(row.on_conflict_do_nothing())
         self._roles.forget_all()
         return new
@@ -286,7 +282,7 @@ class Access:
     async def grant(self, tx: Transaction, role: str, names: Iterable[str]) -> None:
         """Add scopes to a role."""
         for name in dict.fromkeys(names):
-            await tx.execute(_dialect(tx).insert(role_scopes).values(role=role, scope=name).on_conflict_do_nothing())
+            await tx.execute(tx.insert(role_scopes).values(role=role, scope=name).on_conflict_do_nothing())
         self._roles.forget_all()
 
     async def withdraw(self, tx: Transaction, role: str, names: Iterable[str]) -> None:

@@ -7,10 +7,9 @@ the user it made, who may be deleted, and not in the process, which may be resta
 
 import hashlib
 import hmac
-from typing import Final, final
+from typing import final
 
 from sqlalchemy import select
-from sqlalchemy.dialects import postgresql, sqlite
 
 from identity_service.infra.database import Transaction
 from identity_service.infra.runtime import Clock, Secret
@@ -20,9 +19,6 @@ from identity_service.infra.tables import spent_bootstrap_secrets
 @final
 class Bootstrap:
     """Knows the secret of this installation, and whether it was used."""
-
-    LOCK: Final = "administrators"
-    """Held while the first operator is made: whoever makes or removes operators holds it, too."""
 
     def __init__(self, clock: Clock, secret: Secret) -> None:
         self._clock = clock
@@ -39,8 +35,7 @@ class Bootstrap:
 
     async def spend(self, tx: Transaction) -> bool:
         """Use the secret up, once and for all; return False if it was used before, or is being used right now."""
-        dialect = sqlite if tx.on_sqlite else postgresql
-        entry = dialect.insert(spent_bootstrap_secrets).values(digest=self._digest, spent_at=self._clock.now())
+        entry = tx.insert(spent_bootstrap_secrets).values(digest=self._digest, spent_at=self._clock.now())
         noted = await tx.execute(entry.on_conflict_do_nothing().returning(spent_bootstrap_secrets.c.digest))
         return noted.first() is not None
 

@@ -21,6 +21,8 @@ from identity_service.infra.runtime.ids import decode_token, encode_token
 from identity_service.infra.tables import email_tokens, users
 
 EmailPurpose = Literal["verify_email", "reset_password", "change_email"]
+OrderedPurpose = Literal["verify_email", "reset_password"]
+"""What a link may be for that somebody orders by a name alone; another address is asked for by who is signed in."""
 
 _PREFIXES: Mapping[EmailPurpose, str] = {"verify_email": "ev_", "reset_password": "pr_", "change_email": "ec_"}
 _MAC_BYTES = 32
@@ -32,7 +34,6 @@ class EmailToken:
 
     user_id: uuid.UUID
     email: str
-    purpose: EmailPurpose
 
 
 @final
@@ -104,7 +105,7 @@ class EmailTokens:
                 )
             )
         ).first()
-        return EmailToken(row.user_id, row.email, purpose) if row is not None else None
+        return EmailToken(row.user_id, row.email) if row is not None else None
 
     async def consume(self, tx: Transaction, text: Secret, purpose: EmailPurpose) -> EmailToken | None:
         """
@@ -126,7 +127,7 @@ class EmailTokens:
                 .returning(email_tokens.c.user_id, email_tokens.c.email)
             )
         ).first()
-        return EmailToken(row.user_id, row.email, purpose) if row is not None else None
+        return EmailToken(row.user_id, row.email) if row is not None else None
 
     async def revoke_all(self, tx: Transaction, user_id: uuid.UUID) -> None:
         """End every token of a user, and the mails that wait to carry them."""

@@ -5,27 +5,35 @@ A request never tells whether there is such an account; only its stored address 
 its holder reads that address, and nothing more is asked of them.
 """
 
-from typing import final
+from collections.abc import Mapping
+from typing import Literal, final
 
+from identity_service.accounts import notices
 from identity_service.accounts.api_keys import ApiKeys
-from identity_service.accounts.email_flows import EmailPurpose, EmailTokens
-from identity_service.accounts.users import User, Users, canonical_email, canonical_username
+from identity_service.accounts.email_flows import EmailPurpose, EmailTokens, OrderedPurpose
+from identity_service.accounts.users import User, Users, canonical_email, canonical_name
 from identity_service.infra.audit import AuditTrail, Origin
 from identity_service.infra.data_keys import DataKeys
 from identity_service.infra.database import Transaction
 from identity_service.infra.outbox import Outbox
 from identity_service.infra.runtime import Secret
 
-_REQUESTED = {"verify_email": "email_verification.requested", "reset_password": "password_reset.requested"}
+MailPurpose = EmailPurpose | Literal["registration"]
+"""What mails are limited by: what their link is for, and apart from that the first one of somebody who registers."""
+
+_REQUESTED: Mapping[OrderedPurpose, str] = {
+    "verify_email": "email_verification.requested",
+    "reset_password": "password_reset.requested",
+}
 
 
-def mail_key(data_keys: DataKeys, purpose: EmailPurpose, name: str) -> str:
+def mail_key(data_keys: DataKeys, purpose: MailPurpose, address: str) -> str:
     """
-    Return the key that mails are limited by: one address's however it is spelled, and a name's that nobody has.
+    Return the key that mails to an address are limited by, however it is spelled.
 
     Each purpose has its own, or who asks for one kind of mail could keep somebody from getting another.
     """
-    return f"a:{purpose}:{data_keys.hash_name(canonical_email(name) or canonical_username(name) or name)}"
+    return f"a:{purpose}:{data_keys.hash_name(canonical_name(address))}"
 
 
 @final
@@ -41,7 +49,7 @@ class Recovery:
 
     # -- asking for a mail ----------------------------------------------------------------------------------------
 
-    async def asked_for(self, tx: Transaction, purpose: EmailPurpose, typed: str) -> User | None:
+    async def asked_for(self, tx: Transaction, purpose: OrderedPurpose, typed: str) -> User | None:
         """
         Return whom a request for a mail is about, or None where no mail is due.
 
@@ -53,7 +61,7 @@ class Recovery:
         user = await self._users.by_name(tx, typed)
         return user if user is not None and self._due(purpose, user) else None
 
-    async def send(self, tx: Transaction, purpose: EmailPurpose, user: User, *, origin: Origin) -> None:
+    async def send(self, tx: Transaction, purpose: OrderedPurpose, user: User, *, origin: Origin) -> None:
         """
         Order the mail with a fresh link to a user's stored address, if it is still due; the older link dies.
 
@@ -69,14 +77,14 @@ class Recovery:
         await self._audit.record(tx, _REQUESTED[purpose], origin=origin, target=str(current.id))
 
     @staticmethod
-    def _due(purpose: EmailPurpose, user: User) -> bool:
+    def _due(purpose: OrderedPurpose, user: User) -> bool:
         return user.enabled and (purpose != "verify_email" or user.email_verified_at is None)
 
     async def request_change(
         self, tx: Transaction, user: User, email: str, *, origin: Origin, client_id: str | None
     ) -> None:
         """
-        Order what proves a user's new address; the old one is told at once. Raises MailQueueFull.
+        Order what proves a user's new address; the old one, if it is proven, is told at once. Raises MailQueueFull.
 
         Where the new address is somebody else's they are told instead, and the user cannot tell: a token is made in
         any case, so that an older link dies in any case.
@@ -87,7 +95,7 @@ class Recovery:
             await self._outbox.enqueue(tx, template="change_email", recipient=email, context={}, token_id=token_id)
         elif owner.enabled:
             await self._outbox.enqueue(tx, template="account_exists", recipient=owner.email, context={})
-        await self._outbox.enqueue(tx, template="email_change_requested", recipient=user.email, context={})
+        await notices.tell(self._outbox, tx, "email_change_requested", user)
         await self._audit.record(
             tx,
             "email_change.requested",
@@ -116,8 +124,8 @@ class Recovery:
         """
         Use a link that proves a new address, which is stored now; return False for one that is no longer good.
 
-        The old address is told, and every link that was mailed to it dies. Raises NameTaken when the address is
-        somebody else's meanwhile, after which this transaction can only be rolled back, and MailQueueFull.
+        The old address is told, if it was proven, and every link that was mailed to it dies. Raises NameTaken when the
+        address is somebody else's meanwhile, after which this transaction can only be rolled back.
         """
         token = await self._tokens.consume(tx, text, "change_email")
         user = await self._users.locked(tx, token.user_id) if token is not None else None
@@ -125,7 +133,7 @@ class Recovery:
             return False
         await self._users.set_email(tx, user.id, token.email, verified=True)
         await self._tokens.revoke_all(tx, user.id)
-        await self._outbox.enqueue(tx, template="email_changed", recipient=user.email, context={})
+        await notices.tell(self._outbox, tx, "email_changed", user)
         await self._done(tx, "email.changed", str(user.id), origin)
         return True
 
@@ -134,18 +142,19 @@ class Recovery:
         Use a link that gives a user a new password; return the user, None for a link that is no longer good.
 
         Whatever the user had open ends: sessions, links and API keys, for nobody knows who made them. The address that
-        the link was sent to is proven by it.
-        Nobody is signed in. Raises MailQueueFull.
+        the link was sent to is proven by it, and told. Nobody is signed in.
         """
         token = await self._tokens.consume(tx, text, "reset_password")
-        user = await self._users.locked(tx, token.user_id) if token is not None else None
-        if token is None or user is None:
+        if token is None:
+            return None
+        await self._users.verify_email(tx, token.user_id, token.email)
+        user = await self._users.locked(tx, token.user_id)
+        if user is None:
             return None
         await self._users.set_password(tx, user.id, password_hash)
-        await self._users.verify_email(tx, user.id, token.email)
         await self._tokens.revoke_all(tx, user.id)
         await self._api_keys.revoke_all(tx, user.id)
-        await self._outbox.enqueue(tx, template="password_changed", recipient=user.email, context={})
+        await notices.tell(self._outbox, tx, "password_changed", user)
         await self._done(tx, "password.reset", str(user.id), origin)
         return user
 

@@ -11,7 +11,7 @@ from typing import Literal, final
 from sqlalchemy import select
 
 from identity_service.accounts.recovery import Recovery
-from identity_service.accounts.users import LOWEST_ROLE, NameTaken, User, Users, canonical_username
+from identity_service.accounts.users import LOWEST_ROLE, NameTaken, User, Users, canonical_name, canonical_username
 from identity_service.infra.audit import AuditTrail, Origin
 from identity_service.infra.data_keys import DataKeys
 from identity_service.infra.database import Transaction, TransactionConflict
@@ -62,9 +62,14 @@ class Registration:
         self._outbox = outbox
         self._recovery = recovery
 
-    async def register(self, tx: Transaction, person: NewPerson, *, may_mail: bool, origin: Origin) -> User | Taken:
+    async def register(
+        self, tx: Transaction, person: NewPerson, *, may_welcome: bool, may_refuse: bool, origin: Origin
+    ) -> User | Taken:
         """
-        Store a person, or say which of their names is taken; order the mail that tells, if `may_mail`.
+        Store a person, or say which of their names is taken; order the mail that tells.
+
+        Two limits say which mail may be ordered: `may_welcome` the one to somebody new, and `may_refuse` the one that
+        tells what is taken.
 
         Raises MailQueueFull before anything is looked up, InvalidUser, and TransactionConflict when a name was taken
         and given up again meanwhile.
@@ -82,9 +87,9 @@ class Registration:
                 name=person.name,
             )
         except NameTaken:
-            return await self._refuse(tx, person, may_mail=may_mail, origin=origin)
+            return await self._refuse(tx, person, may_mail=may_refuse, origin=origin)
         await self._audit.record(tx, "user.registered", origin=origin, actor=str(user.id), target=str(user.id))
-        if self._recovery is not None and may_mail:
+        if self._recovery is not None and may_welcome:
             await self._recovery.send(tx, "verify_email", user, origin=origin)
         return user
 
@@ -100,7 +105,7 @@ class Registration:
             tx,
             "registration.declined",
             origin=origin,
-            target=str(owner.id) if owner else f"name:{self._data_keys.hash_name(person.username.lower())}",
+            target=str(owner.id) if owner else f"name:{self._data_keys.hash_name(canonical_name(person.username))}",
             client_id=None,
             detail={"taken": taken.which},
         )

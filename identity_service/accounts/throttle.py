@@ -9,7 +9,7 @@ import ipaddress
 from dataclasses import dataclass
 from typing import final
 
-from identity_service.accounts.users import canonical_email, canonical_username
+from identity_service.accounts.users import canonical_name
 from identity_service.infra.data_keys import DataKeys
 from identity_service.infra.ratelimit import Allowed, Limited, Limiter, Spend
 from identity_service.infra.ratelimit.catalogue import (
@@ -55,7 +55,7 @@ class SignInThrottle:
         Spellings of one name have one hash, or each would be another set of guesses. A username and its address stay
         two names, with a budget each: limits they shared would tell that they belong together.
         """
-        return self._keys.hash_name(canonical_email(name) or canonical_username(name) or name)
+        return self._keys.hash_name(canonical_name(name))
 
     async def book(self, name: str, network: str) -> Attempt | Limited:
         """Book an attempt, or say how long to wait."""

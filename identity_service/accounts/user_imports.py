@@ -17,8 +17,9 @@ from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import Any, BinaryIO, final
 
-from identity_service.accounts.users import InvalidUser, Users, check_display_name
+from identity_service.accounts.users import LOWEST_ROLE, InvalidUser, Users, check_display_name
 from identity_service.accounts.users.imports import ImportedUser
+from identity_service.infra.runtime import parse_uuid
 from identity_service.infra.runtime.hashing import NFKC_FORM, RAW_FORM, StoredHash, UnusableHash, read_hash
 
 LONGEST_LINE = 64 * 1024
@@ -47,7 +48,6 @@ PASSWORD_FORMS = {"raw": RAW_FORM, "nfkc": NFKC_FORM}
 _FLAGS = ("email_verified", "enabled")
 _EARLIEST = datetime(1970, 1, 1, tzinfo=UTC)
 _CLOCK_SKEW = timedelta(days=1)  # the other system's clock, and a careless time zone
-_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 _IMPOSSIBLE = re.compile("[\0\ud800-\udfff]")
 _FIELD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,31}")
 _UTF8_MARK = b"\xef\xbb\xbf"
@@ -247,7 +247,7 @@ class ImportRules:
             display_name = check_display_name(_text(fields, "name"))
         except InvalidUser as error:
             raise LineRefused(str(error)) from None
-        if (role := _text(fields, "role") or "user") not in self.roles:
+        if (role := _text(fields, "role") or LOWEST_ROLE) not in self.roles:
             raise LineRefused(ROLE_NOT_ALLOWED)
         kept, form = _hash(fields)
         user = ImportedUser(
@@ -299,9 +299,9 @@ def _flag(fields: Mapping[str, Any], name: str, default: bool) -> bool:
 def _id(text: str | None) -> uuid.UUID | None:
     if text is None:
         return None
-    if not _UUID.fullmatch(text):
+    if (user_id := parse_uuid(text)) is None:
         raise LineRefused("id: not a UUID")
-    return uuid.UUID(text)
+    return user_id
 
 
 def _hash(fields: Mapping[str, Any]) -> tuple[StoredHash | None, int]:

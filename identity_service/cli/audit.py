@@ -1,19 +1,16 @@
 """Commands about the audit trail: what was done, and whether anybody has changed what it says."""
 
 import asyncio
-import contextlib
 import csv
 import difflib
 import json
 import shutil
-import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
-from enum import StrEnum
 from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, Annotated, Any
@@ -21,12 +18,11 @@ from typing import IO, Annotated, Any
 import typer
 
 from identity_service.accounts.user_imports import is_formula
-from identity_service.cli.common import ACTOR, AsJson, DataDir, Keys, Refused, opened, run, say, settings_for
-from identity_service.infra import telemetry
+from identity_service.cli.common import ACTOR, AsJson, DataDir, Keys, Refused, opened, quiet_settings, run, say
+from identity_service.cli.files import Format, whole_file
 from identity_service.infra.audit import EVENTS, Anchor, AuditEvent, ChainBroken, Filters, Verification
 from identity_service.infra.database import Transaction
-from identity_service.main import Services
-from identity_service.settings import Settings
+from identity_service.main import Services, load_data_keys
 
 app = typer.Typer(help="The audit trail.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -154,11 +150,11 @@ def verify(
     data_dir: DataDir = None,
 ) -> None:
     """Check every seal and name the first row that was altered, removed, moved or forged; ends with 1 if one was."""
-    settings = _settings(data_dir)
+    settings = quiet_settings(data_dir)
 
     async def main() -> Verification:
         async with opened(settings, Keys.READ) as services:
-            await services.db.run(lambda tx: _load_data_keys(services, tx))
+            await services.db.run(lambda tx: load_data_keys(services, tx, actor=ACTOR))
             walk = services.audit_chain.verification(*anchors or ())
             while await services.db.run(walk.advance):
                 _progress(f"{walk.checked} rows hold")
@@ -186,32 +182,13 @@ def verify(
         raise typer.Exit(1)
 
 
-async def _load_data_keys(services: Services, tx: Transaction) -> None:
-    """Load what seals are checked with; whoever looks at the trail takes no step of the signing keys' schedule."""
-    for purpose in await services.data_keys.load(tx):
-        await services.audit.record(tx, "data_key.created", origin=None, actor=ACTOR, target=purpose)
-
-
 def _progress(text: str, *, done: bool = False) -> None:
     """Show a person who waits how far it is, on a line that the next call writes over."""
     if sys.stderr.isatty():
         typer.echo(f"\r{text}", nl=done, err=True)
 
 
-def _settings(data_dir: Path | None) -> Settings:
-    settings = settings_for(data_dir)
-    telemetry.configure_logging(level="WARNING", as_json=settings.log_json, stream=sys.stderr)
-    return settings
-
-
 # -- export -----------------------------------------------------------------------------------------------------------
-
-
-class Format(StrEnum):
-    """What an export is written as."""
-
-    JSONL = "jsonl"
-    CSV = "csv"
 
 
 @app.command()
@@ -226,11 +203,11 @@ def export(
     output: Annotated[
         Path | None, typer.Option(help="The file, for its owner's eyes only; standard output if none is named.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file if there is one.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if there is one.")] = False,
     data_dir: DataDir = None,
 ) -> None:
     """Write audit rows out, the oldest first. The trail says that they were: the export ends before that row."""
-    settings = _settings(data_dir)
+    settings = quiet_settings(data_dir)
     wanted = Filters(event=event, actor=actor, target=target, client_id=client_id, since=since, until=until)
     given = sorted(name for name, value in wanted.items() if value is not None)
 
@@ -243,7 +220,7 @@ def export(
             )
             return count
 
-    with _to_file(output, force) if output else _to_standard_output() as file:
+    with whole_file(output, force=force) if output else _to_standard_output() as file:
         count = asyncio.run(main(file))
     typer.echo(f"{count} rows exported", err=True)
 
@@ -290,36 +267,3 @@ def _to_standard_output() -> Iterator[IO[str]]:
         file.buffer.seek(0)
         shutil.copyfileobj(file.buffer, sys.stdout.buffer)
         sys.stdout.buffer.flush()
-
-
-@contextmanager
-def _to_file(output: Path, force: bool) -> Iterator[IO[str]]:
-    """Yield a file for its owner only, which gets its name in one step when the work is done. Raises Refused."""
-    _check_free(output, force)
-    descriptor, unfinished = tempfile.mkstemp(prefix=".audit-", dir=output.parent)
-    try:
-        with open(descriptor, "w", encoding="utf-8", newline="") as file:
-            yield file
-        if not force:
-            _claim(output)
-        Path(unfinished).replace(output)
-    except BaseException:
-        Path(unfinished).unlink()
-        raise
-
-
-def _check_free(output: Path, force: bool) -> None:
-    """Raise Refused where the file must not be written, before anything is read for it."""
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISREG(output.lstat().st_mode):
-            raise Refused(f"{output} is not a file")
-        if not force:
-            raise Refused(f"{output} exists; --force overwrites it")
-
-
-def _claim(output: Path) -> None:
-    """Make the file if there is still none; raises Refused."""
-    try:
-        output.touch(mode=0o600, exist_ok=False)
-    except FileExistsError:
-        raise Refused(f"{output} exists; --force overwrites it") from None

@@ -18,8 +18,7 @@ from identity_service.infra import telemetry
 from identity_service.infra.database import Transaction
 from identity_service.infra.runtime import Secret
 from identity_service.infra.runtime.envelope import new_master_key
-from identity_service.infra.tables import SCHEMA_REVISION
-from identity_service.main import NoMasterKeyYet, Services, build_services, correct_clock, load_keys
+from identity_service.main import NoMasterKeyYet, Services, build_services, correct_clock, load_keys, schema_fault
 from identity_service.settings import Settings, UnsafeSettings, load_settings
 
 Answer = TypeVar("Answer")
@@ -64,6 +63,13 @@ def settings_for(data_dir: Path | None, **given: Any) -> Settings:
         raise
 
 
+def quiet_settings(data_dir: Path | None) -> Settings:
+    """Return the settings for a command that does one thing; it logs what went wrong, and to standard error only."""
+    settings = settings_for(data_dir)
+    telemetry.configure_logging(level="WARNING", as_json=settings.log_json, stream=sys.stderr)
+    return settings
+
+
 def unless_named(name: str, value: str) -> str | None:
     """Return a value for a setting that the environment does not name, None for one that it does."""
     return None if os.environ.get(f"IDENTITY_{name.upper()}") else value
@@ -82,9 +88,8 @@ async def opened(settings: Settings, keys: Keys = Keys.UNUSED) -> AsyncIterator[
         # Nothing was ever wrapped here and nothing will be by this command: a key that nobody keeps is good enough.
         services = build_services(settings.model_copy(update={"master_key": SecretStr(new_master_key())}))
     try:
-        revision = await services.db.revision()
-        if revision is None or revision < SCHEMA_REVISION:
-            raise Refused("the database's schema is older than this version: run `identity-service migrate`")
+        if fault := await schema_fault(services.db):
+            raise Refused(fault)
         await services.db.run(lambda tx: correct_clock(services, tx))
         yield services
     finally:
@@ -105,9 +110,7 @@ def run(
     data_dir: Path | None, work: Callable[[Services, Transaction], Awaitable[Answer]], *, keys: Keys = Keys.UNUSED
 ) -> Answer:
     """Do `work` on the configured database and return what it answers."""
-    settings = settings_for(data_dir)
-    telemetry.configure_logging(level="WARNING", as_json=settings.log_json, stream=sys.stderr)
-    return asyncio.run(with_services(settings, work, keys=keys))
+    return asyncio.run(with_services(quiet_settings(data_dir), work, keys=keys))
 
 
 def say(value: Any, text: str, *, as_json: bool) -> None:

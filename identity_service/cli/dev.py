@@ -74,7 +74,7 @@ def _prepare(settings: Settings, path: Path) -> Demo:
         audiences = (settings.public_issuer, _SIBLING)
         if kept is not None and (client := await services.clients.find(tx, kept.client_id)) is not None:
             if client.audiences != audiences:  # served at another port than the last time
-                await services.clients.set_audiences(tx, client.id, audiences)
+                await services.clients.update(tx, client, {"audiences": audiences})
             return kept
         await services.access.define(tx, _SIBLING_SCOPES)
         await services.access.grant(tx, "user", _SIBLING_SCOPES)

@@ -11,11 +11,10 @@ import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
-from enum import StrEnum
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, final
+from typing import Annotated, Any, BinaryIO, TextIO, final
 
 import typer
 
@@ -32,8 +31,8 @@ from identity_service.accounts.user_imports import (
     write_jsonl,
 )
 from identity_service.accounts.users.imports import LARGEST_BATCH, ImportedUser, Outcome, UserImports
-from identity_service.cli.common import ACTOR, AsJson, DataDir, Refused, opened, say, settings_for, split
-from identity_service.infra import telemetry
+from identity_service.cli.common import ACTOR, AsJson, DataDir, Refused, opened, quiet_settings, say, split
+from identity_service.cli.files import Format, whole_file
 from identity_service.infra.database import Transaction
 from identity_service.main import Services
 from identity_service.settings import Settings
@@ -41,13 +40,6 @@ from identity_service.settings import Settings
 _SHOWN = 10  # refused lines on the screen, where no report was asked for
 
 Refuse = Callable[[Line, str], None]
-
-
-class Format(StrEnum):
-    """What a file of users is written in."""
-
-    JSONL = "jsonl"
-    CSV = "csv"
 
 
 FormatOption = Annotated[Format | None, typer.Option("--format", help="The format; else the file's name tells it.")]
@@ -124,7 +116,7 @@ def import_users(
     chosen = file_format or _format_of(file)
     if report is not None and report.exists() and report.samefile(file):
         raise Refused("the report would be written over the users")
-    settings = _settings(data_dir)
+    settings = quiet_settings(data_dir)
     summary = Summary(dry_run)
     with (
         file.open("rb") as source,
@@ -320,22 +312,21 @@ def export_users(
     Users who come, go or change while it runs may be in it or not. Without --output they are printed.
     """
     chosen = file_format or (_format_of(output) if output else Format.JSONL)
-    settings = _settings(data_dir)
-    with _destination(output, force=force) as file:
+    settings = quiet_settings(data_dir)
+    with whole_file(output, force=force) if output else _standard_output() as file:
         count = asyncio.run(_export(settings, file, chosen, with_password_hashes))
     if output is not None:
         say({"users": count, "password_hashes": with_password_hashes}, f"{count} users exported", as_json=as_json)
 
 
-async def _export(settings: Settings, file: BinaryIO, chosen: Format, with_password_hashes: bool) -> int:
+async def _export(settings: Settings, file: TextIO, chosen: Format, with_password_hashes: bool) -> int:
     """Write every user and record it, however far it came; return how many there were."""
     written, complete = 0, False
     async with opened(settings) as services:
         try:
             async for page in _pages(services):
                 lines = [export_line(user, with_password_hash=with_password_hashes) for user in page]
-                text = write_jsonl(lines) if chosen is Format.JSONL else write_csv(lines, header=not written)
-                file.write(text.encode())
+                file.write(write_jsonl(lines) if chosen is Format.JSONL else write_csv(lines, header=not written))
                 file.flush()
                 written += len(page)
             complete = True
@@ -357,25 +348,8 @@ async def _pages(services: Services) -> AsyncIterator[list[ImportedUser]]:
         yield page
 
 
-@contextlib.contextmanager
-def _destination(path: Path | None, *, force: bool) -> Iterator[BinaryIO]:
-    """Yield a file for its owner only that is there when all of it is; without a path, standard output."""
-    if path is None:
-        yield sys.stdout.buffer
-        return
-    made = path.with_name(f".{path.name}.{secrets.token_hex(4)}") if force else path
-    try:
-        descriptor = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        raise Refused(f"{path} exists; --force replaces it") from None
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-        if force:
-            made.replace(path)
-    except BaseException:
-        made.unlink(missing_ok=True)
-        raise
+def _standard_output() -> TextIO:
+    return open(sys.stdout.fileno(), "w", encoding="utf-8", newline="", closefd=False)
 
 
 # -- both -------------------------------------------------------------------------------------------------------------
@@ -387,9 +361,3 @@ def _format_of(path: Path) -> Format:
         return Format(path.suffix.lower().removeprefix("."))
     except ValueError:
         raise Refused("the file's name ends neither in .jsonl nor in .csv: say --format") from None
-
-
-def _settings(data_dir: Path | None) -> Settings:
-    settings = settings_for(data_dir)
-    telemetry.configure_logging(level="WARNING", as_json=settings.log_json, stream=sys.stderr)
-    return settings

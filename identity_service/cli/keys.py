@@ -1,14 +1,23 @@
 """Commands about keys and what has expired."""
 
 import asyncio
-import sys
 from datetime import datetime
 from typing import Annotated, Any
 
 import typer
 
-from identity_service.cli.common import ACTOR, AsJson, DataDir, Keys, Refused, opened, run, say, settings_for
-from identity_service.infra import telemetry
+from identity_service.cli.common import (
+    ACTOR,
+    AsJson,
+    DataDir,
+    Keys,
+    Refused,
+    opened,
+    quiet_settings,
+    run,
+    say,
+    settings_for,
+)
 from identity_service.infra.database import Transaction
 from identity_service.main import Services
 from identity_service.main.jobs import clean_up
@@ -127,8 +136,7 @@ def cleanup(
     data_dir: DataDir = None,
 ) -> None:
     """Delete what has expired for good, in small transactions."""
-    settings = settings_for(data_dir)
-    telemetry.configure_logging(level="WARNING", as_json=settings.log_json, stream=sys.stderr)
+    settings = quiet_settings(data_dir)
 
     async def main() -> dict[str, int]:
         async with opened(settings) as services:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from identity_service.accounts.bootstrap import Bootstrap
+from identity_service.accounts.access import ADMINISTRATORS_LOCK
 from identity_service.accounts.password_policy import PasswordRefused
 from identity_service.accounts.refresh_families import Session
 from identity_service.accounts.users import InvalidUser, NameTaken, State, User
@@ -87,9 +87,8 @@ def list_users(
     """List users."""
 
     async def work(services: Services, tx: Transaction) -> list[User]:
-        if deleted:
-            return (await services.users.search(tx, state=State.DELETED, limit=limit)).users
-        return await services.users.all(tx, limit=limit)
+        state = State.DELETED if deleted else None
+        return (await services.users.search(tx, state=state, limit=limit)).users
 
     found = run(data_dir, work)
     say([_shown(user) for user in found], "\n".join(map(_line, found)), as_json=as_json)
@@ -126,7 +125,7 @@ def disable(name: Name, as_json: AsJson = False, data_dir: DataDir = None) -> No
     """Disable a user and end all their sessions."""
 
     async def work(services: Services, tx: Transaction) -> User:
-        await tx.lock(Bootstrap.LOCK)
+        await tx.lock(ADMINISTRATORS_LOCK)
         user = await _find(services, tx, name)
         await _check_not_last(services, tx, user)
         await services.users.set_enabled(tx, user.id, False)
@@ -187,7 +186,7 @@ def role(
     """Give a user another role; at the service's own API they gain and lose with it at once."""
 
     async def work(services: Services, tx: Transaction) -> User:
-        await tx.lock(Bootstrap.LOCK)
+        await tx.lock(ADMINISTRATORS_LOCK)
         user = await _find(services, tx, name)
         if role != user.role:
             await _check_not_last(services, tx, user)
@@ -212,7 +211,7 @@ def delete(
     """Delete a user: all that is theirs ends, and their names are free. `users restore` can undo it for a while."""
 
     async def work(services: Services, tx: Transaction) -> User:
-        await tx.lock(Bootstrap.LOCK)
+        await tx.lock(ADMINISTRATORS_LOCK)
         user_id = _identified(name) if purge else None
         user = await services.users.locked(tx, user_id, deleted=True) if user_id is not None else None
         if user is None or user.deleted_at is None:
@@ -261,8 +260,7 @@ def restore(
             raise Refused(_NOBODY_DELETED) from None
         except NameTaken:
             raise Refused("somebody took the username or the address meanwhile") from None
-        for key in await services.api_keys.list(tx, user.id):
-            await services.api_keys.revoke(tx, key.id, user.id)
+        await services.api_keys.revoke_all(tx, user.id)
         await _record(services, tx, "user.restored", user.id)
         return user
 
@@ -309,11 +307,19 @@ def sessions(
 
 @app.command("force-reset")
 def force_reset(name: Name, as_json: AsJson = False, data_dir: DataDir = None) -> None:
-    """Forget a user's password and end all their sessions; where mail can be sent, a mail asks for a new one."""
+    """
+    Forget a user's password and end all their sessions and API keys.
+
+    Where mail can be sent, a mail asks for a new password.
+    """
 
     async def work(services: Services, tx: Transaction) -> tuple[User, bool]:
+        await tx.lock(ADMINISTRATORS_LOCK)
         user = await _find(services, tx, name)
+        if user.has_password:  # who has none could do nothing before either, and may need the mail once more
+            await _check_not_last(services, tx, user)
         epoch = await services.users.clear_password(tx, user.id)
+        await services.api_keys.revoke_all(tx, user.id)
         await _record(services, tx, "user.password_reset_forced", user.id)
         if services.mailer is None or not user.enabled or epoch is None:
             return user, False

@@ -220,7 +220,7 @@ def update(
         except InvalidClientMetadata as error:
             raise Refused(str(error)) from None
         new_scopes = await services.access.define(tx, client.scope)
-        detail = {"fields": sorted(changes)}
+        detail = {"members": sorted(changes)}
         await services.audit.record(tx, "client.updated", origin=None, actor=ACTOR, target=client_id, detail=detail)
         return client, new_scopes, _useless(client, services.pipeline.grant_types)
 

@@ -15,7 +15,7 @@ import typer
 import uvicorn
 from sqlalchemy.exc import OperationalError
 
-from identity_service.cli.common import DataDir, Refused, settings_for
+from identity_service.cli.common import DataDir, Refused, quiet_settings, settings_for
 from identity_service.infra import telemetry
 from identity_service.infra.database import DatabaseUnavailable
 from identity_service.infra.migrate import migrate as migrate_database
@@ -46,9 +46,7 @@ def serve(
 
 def migrate(data_dir: DataDir = None) -> None:
     """Bring the database to this version's schema; running it again changes nothing."""
-    settings = settings_for(data_dir)
-    telemetry.configure_logging(level="WARNING", as_json=settings.log_json, stream=sys.stderr)
-    bring_up_to_date(settings)
+    bring_up_to_date(quiet_settings(data_dir))
     typer.echo("The schema is up to date.")
 
 

@@ -1,5 +1,6 @@
 """
-The service's own random keys: for the MACs of refresh tokens, retry digests, and names hashed in limits and audit.
+The service's own random keys, one for each purpose: refresh tokens, the digests of retries, names hashed in limits and
+audit, API keys, mailed links, the cursors of lists, and the seals of the audit trail.
 
 They are created once, wrapped by a master key, and stay: changing the master key renews only the wrapping, so it
 invalidates no token.

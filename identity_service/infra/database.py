@@ -15,8 +15,8 @@ from typing import Any, Self, TypeVar, final
 
 import psycopg
 import structlog
-from sqlalchemy import CursorResult, Dialect, Executable, TextualSelect, event, func, select, text
-from sqlalchemy.dialects import postgresql
+from sqlalchemy import CursorResult, Dialect, Executable, Table, TextualSelect, event, func, select, text
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -34,8 +34,8 @@ _SERVER_OPTIONS = {
     "lock_timeout": "2000",
     "idle_in_transaction_session_timeout": "10000",
     "timezone": "UTC",
-    # All our statements find rows by key. A plan made while the tables were nearly empty would scan them, and a
-    # prepared statement keeps its plan; with scans priced out, the first plan is the right one for good.
+    # What requests do all the time finds rows by key. A plan made while the tables were nearly empty would scan them,
+    # and a prepared statement keeps its plan; with scans priced out, the first plan is the right one for good.
     "enable_seqscan": "off",
     "jit": "off",  # a scan that cannot be avoided looks so dear then that it would be compiled first
 }
@@ -104,10 +104,11 @@ class Transaction:
     A request that needs no database (a client answered from memory) therefore costs it nothing.
     """
 
-    __slots__ = ("_connection", "_driver", "_engine")
+    __slots__ = ("_connection", "_driver", "_engine", "_locks")
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
+        self._locks: frozenset[str] = frozenset()
         self._connection: AsyncConnection | None = None
         self._driver: psycopg.AsyncConnection[Any] | None = None
 
@@ -150,6 +151,10 @@ class Transaction:
         except (psycopg.Error, DBAPIError, PoolTimeout, OSError) as error:
             raise await self._broken(error, committing=False) from error
 
+    def insert(self, table: Table) -> postgresql.Insert | sqlite.Insert:
+        """Return this database's own INSERT, which can leave alone a row that somebody else made meanwhile."""
+        return sqlite.insert(table) if self.on_sqlite else postgresql.insert(table)
+
     async def lock(self, name: str) -> None:
         """
         Wait for the named lock, held until this transaction ends; its row was made by the migration.
@@ -159,6 +164,12 @@ class Transaction:
         held = await self.execute(select(locks.c.name).where(locks.c.name == name).with_for_update())
         if held.first() is None:
             raise LookupError(f"the database has no lock named {name}")
+        self._locks |= {name}
+
+    def demand_lock(self, name: str) -> None:
+        """Raise RuntimeError unless this transaction holds the named lock: what is true only behind it is asked."""
+        if name not in self._locks:
+            raise RuntimeError(f"the lock {name} is not held")
 
     async def database_time(self) -> datetime:
         """Return PostgreSQL's clock; SQLite has none but this machine's, so nobody asks it."""

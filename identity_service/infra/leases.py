@@ -21,11 +21,9 @@ from identity_service.infra.tables import leases
 
 @dataclass(frozen=True, slots=True)
 class LeaseState:
-    """A job's row: who works on it, until when, and when it last ended well."""
+    """A job, and when it last ended well."""
 
     name: str
-    holder: str | None
-    until: datetime | None
     done_at: datetime | None
 
 
@@ -68,5 +66,5 @@ class Leases:
 
     async def all(self, tx: Transaction) -> Sequence[LeaseState]:
         """Return every job's state."""
-        rows = (await tx.execute(select(leases).order_by(leases.c.name))).all()
-        return [LeaseState(row.name, row.holder, row.until, row.done_at) for row in rows]
+        rows = await tx.execute(select(leases.c.name, leases.c.done_at).order_by(leases.c.name))
+        return [LeaseState(row.name, row.done_at) for row in rows]

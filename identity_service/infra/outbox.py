@@ -7,7 +7,7 @@ the database, between handing it over and noting that, and then under the same M
 """
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, final
@@ -41,6 +41,20 @@ class OutboxMail:
     token_id: uuid.UUID | None
     created_at: datetime
     attempts: int
+
+
+async def forget_recipients(
+    tx: Transaction, recipients: Collection[str], *, kept: str, ordered_until: datetime | None = None
+) -> None:
+    """
+    Forget the mails that wait for addresses, but those of the template `kept`.
+
+    `ordered_until` spares what was ordered after an instant: the address may have been somebody else's by then.
+    """
+    doomed = delete(outbox).where(outbox.c.recipient.in_(recipients), outbox.c.template != kept)
+    if ordered_until is not None:
+        doomed = doomed.where(outbox.c.created_at <= ordered_until)
+    await tx.execute(doomed)
 
 
 @final

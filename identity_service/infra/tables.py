@@ -31,6 +31,8 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import TypeDecorator
 
 SCHEMA_REVISION = "0004"
+LONGEST_USER_AGENT = 256
+"""Characters of what a program says about itself; what follows is not looked at."""
 """The oldest migration this code can work on. Revisions are numbered, so a newer one compares greater."""
 
 
@@ -219,7 +221,7 @@ refresh_families = Table(
     Column("absolute_expires_at", UtcDateTime, nullable=False, index=True),
     Column("revoked_at", UtcDateTime),
     Column("revoked_reason", String(32)),
-    Column("user_agent", String(256)),  # of the sign-in, as sent
+    Column("user_agent", String(LONGEST_USER_AGENT)),  # of the sign-in, as sent
     Column("network", String(64)),  # of the sign-in
     Index(None, "user_id", "client_id"),
     Index(None, "client_id"),
@@ -254,6 +256,12 @@ api_keys = Table(
     Column("last_used_at", UtcDateTime),
     Column("revoked_at", UtcDateTime),
     CheckConstraint("(user_id IS NULL) <> (client_id IS NULL)", name="one_owner"),
+)
+Index(
+    "ix_api_keys_revoked_at",
+    api_keys.c.revoked_at,
+    postgresql_where=text("revoked_at IS NOT NULL"),
+    sqlite_where=text("revoked_at IS NOT NULL"),
 )
 
 email_tokens = Table(

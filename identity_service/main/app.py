@@ -12,11 +12,16 @@ from fastapi import APIRouter, FastAPI
 from identity_service.accounts.recovery import Recovery
 from identity_service.accounts.registration import Registration
 from identity_service.infra.database import DatabaseUnavailable
-from identity_service.infra.ratelimit.catalogue import TOKEN_GUESSING, api_key_rule, client_rule
+from identity_service.infra.ratelimit.catalogue import (
+    TOKEN_GUESSING,
+    api_key_rule,
+    caller_rule,
+    client_rule,
+    network_rule,
+)
 from identity_service.infra.runtime import Clock
-from identity_service.infra.tables import SCHEMA_REVISION
 from identity_service.main.jobs import flush_audit, for_all, load_keys, repeat, step_keys
-from identity_service.main.services import Services, build_services
+from identity_service.main.services import Services, build_services, schema_fault
 from identity_service.settings import Settings, UnsafeSettings
 from identity_service.web.account.api_keys import api_keys_router
 from identity_service.web.account.parts import AccountParts, Mail
@@ -58,9 +63,8 @@ async def _check_default_client(services: Services) -> None:
 
 async def _prepare(services: Services) -> None:
     """Load the keys, and refuse to start where something is wrong that requests would stumble over."""
-    revision = await services.db.revision()
-    if revision is None or revision < SCHEMA_REVISION:
-        raise UnsafeSettings("the database's schema is older than this version: run `identity-service migrate`")
+    if fault := await schema_fault(services.db):
+        raise UnsafeSettings(fault)
     await load_keys(services)
     await _check_default_client(services)
     if services.settings.production and not services.settings.trusted_proxies:
@@ -166,7 +170,8 @@ def _routers(services: Services) -> list[APIRouter]:
         services.limiter,
         services.local_limiter,
         services.clock,
-        general=client_rule(settings.client_rate),
+        caller_rule=caller_rule(settings.client_rate),
+        network_rule=network_rule(settings.client_rate),
         api_key=api_key_rule(settings.api_key_rate),
         trusted_proxies=_proxies(settings),
     )

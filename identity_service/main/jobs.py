@@ -9,8 +9,9 @@ from typing import Any
 import structlog
 from prometheus_client import Gauge
 
-from identity_service.infra.audit import ChainBroken
+from identity_service.infra.audit import SCHEDULE, ChainBroken
 from identity_service.infra.database import DatabaseUnavailable, Transaction
+from identity_service.infra.outbox import MailQueueFull
 from identity_service.infra.runtime import SystemClock
 from identity_service.main.leased_jobs import LeasedJob, in_batches, run_for_ever, show_states, watch
 from identity_service.main.mail_job import build_letterhead, measure_mails, send_mails
@@ -26,13 +27,11 @@ AUDIT_CHAIN_BROKEN = Gauge(
 _HOUR = 3600.0
 _BATCH = 500  # rows deleted in one transaction: no request waits for longer than that takes
 _WARNED_BEFORE = timedelta(days=7)
-_SCHEDULE = "schedule"
-"""Who the audit trail names for what falls due by itself."""
 
 
 async def load_keys(services: Services) -> None:
     """Load every key before the first request, making those that an empty database lacks. Raises MasterKeyError."""
-    await services.db.run(lambda tx: _load_data_keys(services, tx))
+    await services.db.run(lambda tx: load_data_keys(services, tx))
     await step_keys(services)
 
 
@@ -54,9 +53,14 @@ async def correct_clock(services: Services, tx: Transaction) -> None:
         clock.correct(reference=reference.astimezone(UTC), asked_at=asked_at, answered_at=clock.now())
 
 
-async def _load_data_keys(services: Services, tx: Transaction) -> None:
+async def load_data_keys(services: Services, tx: Transaction, *, actor: str = SCHEDULE) -> None:
+    """
+    Load the data keys, making those that are missing; raises MasterKeyError.
+
+    `load_keys` does so, too. This alone takes no step of the signing keys' schedule: for who only looks.
+    """
     for purpose in await services.data_keys.load(tx):
-        await services.audit.record(tx, "data_key.created", origin=None, actor=_SCHEDULE, target=purpose)
+        await services.audit.record(tx, "data_key.created", origin=None, actor=actor, target=purpose)
 
 
 async def _poll(services: Services, tx: Transaction) -> Plan:
@@ -68,9 +72,9 @@ async def _advance(services: Services, tx: Transaction, spare: Sequence[NewKey])
     taken = await services.signing_keys.advance(tx, spare)
     for key, activates_at in zip(spare, taken.create, strict=False):
         detail = {"activates_at": activates_at.isoformat()}
-        await services.audit.record(tx, "key.created", origin=None, actor=_SCHEDULE, target=key.kid, detail=detail)
+        await services.audit.record(tx, "key.created", origin=None, actor=SCHEDULE, target=key.kid, detail=detail)
     for kid in taken.retire:
-        await services.audit.record(tx, "key.retired", origin=None, actor=_SCHEDULE, target=kid)
+        await services.audit.record(tx, "key.retired", origin=None, actor=SCHEDULE, target=kid)
 
 
 async def repeat(name: str, every: float, job: Any) -> None:
@@ -139,7 +143,7 @@ async def _purge(services: Services) -> None:
     async def one_batch(tx: Transaction) -> int:
         gone = await services.users.purge(tx, before=before, batch=_BATCH)
         for user_id in gone:
-            await services.audit.record(tx, "user.purged", origin=None, actor=_SCHEDULE, target=str(user_id))
+            await services.audit.record(tx, "user.purged", origin=None, actor=SCHEDULE, target=str(user_id))
         return len(gone)
 
     await in_batches(services.db, one_batch)
@@ -183,15 +187,25 @@ async def _send_mails(services: Services) -> None:
 
 
 async def _warn_of_expiry(services: Services) -> None:
-    """Tell people, once, which of their API keys end soon."""
+    """
+    Tell people, once, which of their API keys end soon.
 
-    async def one_batch(tx: Transaction) -> int:
-        ending = await services.api_keys.expiring(tx, within=_WARNED_BEFORE, batch=_BATCH)
+    Each key in a transaction of its own: when no more mails can wait, those that were ordered stay ordered, and the
+    others' turn is in the next run. The places that are kept for people who are signed in stay free. A key that was
+    made to end so soon needs no warning.
+    """
+
+    async def one_key(tx: Transaction) -> int:
+        await services.outbox.check_room(tx)
+        ending = await services.api_keys.expiring(tx, within=_WARNED_BEFORE, batch=1)
         for key in ending:
             user = await services.users.get(tx, key.user_id) if key.user_id is not None else None
-            if user is not None and key.expires_at is not None:
+            if user is not None and key.expires_at is not None and key.expires_at - key.created_at > _WARNED_BEFORE:
                 context = {"name": key.name, "expires_at": key.expires_at.isoformat()}
                 await services.outbox.enqueue(tx, template="api_key_expiring", recipient=user.email, context=context)
         return len(ending)
 
-    await in_batches(services.db, one_batch)
+    try:
+        await in_batches(services.db, one_key)
+    except MailQueueFull:
+        log.warning("mail.not_ordered", template="api_key_expiring")

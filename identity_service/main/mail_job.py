@@ -1,4 +1,4 @@
-"""Sends the mails that wait: what a server does every few seconds, on as many replicas as there are."""
+"""Sends the mails that wait: what one replica does for all, every few seconds."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
@@ -8,7 +8,7 @@ import structlog
 from prometheus_client import Counter, Gauge
 
 from identity_service.accounts.email_flows import EmailTokens
-from identity_service.infra.audit import AuditTrail
+from identity_service.infra.audit import SCHEDULE, AuditTrail
 from identity_service.infra.database import DatabaseUnavailable, Transaction
 from identity_service.infra.mail import (
     Letterhead,
@@ -33,12 +33,11 @@ OLDEST_MAIL = Gauge(
     "identity_mails_oldest_timestamp_seconds", "When the oldest mail that waits was ordered; 0 when none does."
 )
 
-_ACTOR = "schedule"
-"""Who the audit trail names for what falls due by itself."""
 _AT_ONCE = 4
 _LAST_WORD = 5.0  # seconds that mails on their way are given when the server stops
 
 SENT, POSTPONED, GIVEN_UP, DEAD_LINK = "sent", "postponed", "given_up", "dead_link"
+NO_SERVER = "no_server"
 
 
 class Run(Protocol):
@@ -73,15 +72,16 @@ async def send_mails(
     """
     Send the mails that are due; return how many were sent.
 
-    Four at a time are claimed and sent at once, so that a claim never waits longer than one mail takes. When none of
-    them could be handed over the rest is left for the next time: the mail server is down, and asking it once more for
-    each mail helps nobody. No transaction is open while a mail server thinks. Raises DatabaseUnavailable.
+    Four at a time are claimed and sent at once, so that a claim never waits longer than one mail takes. When the mail
+    server failed each of them the rest is left for the next time: asking it once more for each mail helps nobody. Mails
+    that it postpones one by one hold up no others. No transaction is open while a mail server thinks. Raises
+    DatabaseUnavailable.
     """
     sender, sent = _Sender(run, outbox, tokens, mailer, letterhead, audit), 0
     while mails := await run(lambda tx: outbox.claim(tx, _AT_ONCE)):
         outcomes = await _all_of(sender.deliver(mail) for mail in mails)
         sent += outcomes.count(SENT)
-        if len(mails) < _AT_ONCE or set(outcomes) == {POSTPONED}:
+        if len(mails) < _AT_ONCE or set(outcomes) == {NO_SERVER}:
             break
     await measure_mails(run, outbox)
     return sent
@@ -129,7 +129,7 @@ class _Sender:
     async def deliver(self, mail: OutboxMail) -> str:
         """Send a claimed mail and return its outcome; raises DatabaseUnavailable."""
         outcome, reason = await self._attempt(mail)
-        if outcome == POSTPONED and self._outbox.overdue(mail):
+        if outcome in (POSTPONED, NO_SERVER) and self._outbox.overdue(mail):
             outcome = GIVEN_UP
         if outcome == GIVEN_UP:
             await self._run(lambda tx: self._give_up(tx, mail, reason))
@@ -162,7 +162,7 @@ class _Sender:
         except MailUndeliverable as error:
             return GIVEN_UP, f"refused: {error}"
         except MailPostponed as error:
-            return POSTPONED, str(error)
+            return NO_SERVER if error.server_failed else POSTPONED, str(error)
         except DatabaseUnavailable:
             raise
         except Exception as error:
@@ -174,4 +174,6 @@ class _Sender:
     async def _give_up(self, tx: Transaction, mail: OutboxMail, reason: str) -> None:
         if await self._outbox.given_up(tx, mail.id):
             detail = {"template": mail.template, "attempts": mail.attempts, "reason": reason}
-            await self._audit.record(tx, "mail.given_up", origin=None, actor=_ACTOR, target=str(mail.id), detail=detail)
+            await self._audit.record(
+                tx, "mail.given_up", origin=None, actor=SCHEDULE, target=str(mail.id), detail=detail
+            )

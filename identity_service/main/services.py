@@ -32,6 +32,7 @@ from identity_service.infra.ratelimit.catalogue import API_KEY_GUESSING, api_key
 from identity_service.infra.runtime import Clock, Secret, SteadyClock, SystemClock
 from identity_service.infra.runtime.envelope import MasterKeyError, MasterKeys, new_master_key
 from identity_service.infra.runtime.hashing import PasswordHasher
+from identity_service.infra.tables import SCHEMA_REVISION
 from identity_service.main.mail_job import build_mailer
 from identity_service.oauth.grants.client_credentials import ClientCredentials
 from identity_service.oauth.grants.password import Password
@@ -150,6 +151,14 @@ class Services:
         await self.db.close()
 
 
+async def schema_fault(db: Database) -> str | None:
+    """Return what is wrong with a database whose schema is older than this code; None for one that is new enough."""
+    revision = await db.revision()
+    if revision is None or revision < SCHEMA_REVISION:
+        return "the database's schema is older than this version: run `identity-service migrate`"
+    return None
+
+
 def _silent(_line: str) -> None:
     """Say nothing."""
 
@@ -262,7 +271,9 @@ def _bootstrap(settings: Settings, clock: Clock) -> Bootstrap | None:
         except (OSError, UnicodeDecodeError) as error:
             raise UnsafeSettings(f"IDENTITY_BOOTSTRAP_SECRET_FILE: {type(error).__name__}: {path}") from None
         if weak_secret(secret):
-            raise UnsafeSettings("IDENTITY_BOOTSTRAP_SECRET_FILE: at least 32 random characters, and not this")
+            raise UnsafeSettings(
+                "IDENTITY_BOOTSTRAP_SECRET_FILE holds something too short or too plain: use `openssl rand -base64 32`"
+            )
     return Bootstrap(clock, Secret(secret)) if secret else None
 
 

@@ -46,7 +46,8 @@ class Lineage:
     What a token was exchanged for (RFC 8693): all that must still be good for the token to be good.
 
     `actors` are the clients that exchanged, each with its epoch as it did so, and `parents` the ids of the tokens that
-    were exchanged, both newest first. `key_id` is the API key it began with, `epoch` the subject's if that is a client.
+    were exchanged, both newest first. `key_id` is the API key it began with, `epoch` the subject's where no session
+    stands for it.
     """
 
     actors: tuple[tuple[str, int], ...]
@@ -257,7 +258,7 @@ class IssuedTokens:
             return None
         user_id = _identifier(claims.subject)
         owner = claims.subject if user_id is None else user_id
-        if lineage.key_id is not None and not await self._api_keys.alive(tx, lineage.key_id, owner):
+        if lineage.key_id is not None and not await self._api_keys.alive(tx, lineage.key_id, owner, lineage.epoch):
             return "api_key_ended"
         if lineage.key_id is not None and user_id is not None:
             return None

@@ -9,18 +9,16 @@ import asyncio
 import base64
 import hashlib
 import logging
-import os
 import re
 import ssl
 import threading
 import time
-import weakref
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from time import monotonic
 from typing import Any
 from urllib.parse import quote_plus
@@ -34,7 +32,7 @@ from identity_service.verifier.core import (
     VerifiedClaims,
     read_object,
 )
-from identity_service.verifier.jwks import check_url
+from identity_service.verifier.fetching import bounded_body, check_url, run_alone, when_forked
 from identity_service.verifier.token_verifier import TokenVerifier
 
 log = logging.getLogger("identity_service.verifier")
@@ -200,8 +198,7 @@ class ApiKeyExchanger:
         self._good, self._others = _Memory(max_cached), _Memory(max_cached)  # who guesses pushes out no good key
         self._flights: dict[bytes, Future[_Outcome]] = {}
         self._lock = threading.Lock()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=partial(_forked, weakref.ref(self)))  # it is never taken back
+        when_forked(self._forget_parent)
 
     async def verify(self, api_key: str, *scopes: str) -> VerifiedClaims:
         """
@@ -216,6 +213,11 @@ class ApiKeyExchanger:
         """Do what `verify` does, for code without an event loop; a thread that has to wait for an exchange blocks."""
         found = self._look(api_key)
         return _told(found.result() if isinstance(found, Future) else found, scopes)
+
+    def _forget_parent(self) -> None:
+        """Forget, in a child process, the parent's exchanges, and a lock that nobody here will ever release."""
+        self._lock = threading.Lock()
+        self._flights = {}
 
     # -- who asks, and who waits ----------------------------------------------------------------------------------
 
@@ -273,7 +275,7 @@ class ApiKeyExchanger:
 
     def _exchange(self, api_key: str) -> _Outcome:
         """Ask the issuer; blocks, for `timeout` seconds, and for as long as the verifier takes to get its keys."""
-        status, headers, body = self._post(api_key)
+        status, headers, body = run_alone(self._send, api_key)
         if status == 200:
             return self._proven(body, api_key[_ID])
         error = _error_in(body)
@@ -300,15 +302,6 @@ class ApiKeyExchanger:
             return _Unavailable("answer_not_trusted", detail=f"its answer is not to be trusted: {refused.reason}")
         return proven
 
-    def _post(self, api_key: str) -> tuple[int, Mapping[str, str], bytes]:
-        loop = asyncio.new_event_loop()
-        try:
-            return loop.run_until_complete(self._send(api_key))
-        finally:
-            # What `asyncio.run` does, but for waiting until a name that takes long has been resolved.
-            loop.run_until_complete(loop.shutdown_asyncgens())
-            loop.close()
-
     async def _send(self, api_key: str) -> tuple[int, Mapping[str, str], bytes]:
         """Return the answer's status, headers and body, which is small and not compressed."""
         form = {
@@ -324,12 +317,7 @@ class ApiKeyExchanger:
                 "POST", self._endpoint, data=form, headers=self._headers, auth=None, follow_redirects=False
             ) as answer,
         ):
-            body = b""
-            async for chunk in answer.aiter_raw():
-                body += chunk
-                if len(body) > _LARGEST_ANSWER:
-                    raise ValueError(f"more than {_LARGEST_ANSWER} bytes")
-            return answer.status_code, answer.headers, body
+            return answer.status_code, answer.headers, await bounded_body(answer, _LARGEST_ANSWER)
 
     def _client(self) -> httpx2.AsyncClient:
         """
@@ -376,10 +364,3 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     """Return the seconds that an answer asks us to wait (RFC 9110 §10.2.3), bounded; None for what is no number."""
     told = headers.get("retry-after", "")
     return min(float(told), _LONGEST_PAUSE) if told.isascii() and told.isdigit() else None
-
-
-def _forked(reference: "weakref.ref[ApiKeyExchanger]") -> None:
-    """Forget, in a child process, the parent's exchanges, and a lock that nobody here will ever release."""
-    if (exchanger := reference()) is not None:
-        exchanger._lock = threading.Lock()
-        exchanger._flights = {}

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from joserfc.jwk import RSAKey
 
 from identity_service.verifier.core import LONGEST_KID, TokenRefused, read_object
+from identity_service.verifier.fetching import bounded_body, check_url, run_alone
 
 Keys = Mapping[str, rsa.RSAPublicKey]
 """Public keys by their `kid`."""
@@ -29,7 +30,6 @@ _SMALLEST_EXPONENT = 65537
 _PRIVATE_MEMBERS = frozenset(("d", "p", "q", "dp", "dq", "qi", "oth", "k"))
 _DIRECTIVE = re.compile(r"(max-age|stale-while-revalidate)\s*=\s*\"?(\d{1,9})", re.IGNORECASE)
 _NOT_TO_BE_KEPT = re.compile(r"\bno-(?:store|cache)\b", re.IGNORECASE)
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class BadKeySet(Exception):
@@ -43,21 +43,6 @@ class Fetched:
     keys: Keys
     fresh: float
     usable: float
-
-
-def check_url(url: str, *, allow_http: bool, loopback: bool = True) -> str:
-    """
-    Return an absolute URL that keys may come from; raises ValueError.
-
-    Whoever can change the key set on its way can sign tokens, so it comes over TLS, or, with `loopback`, from this
-    machine.
-    """
-    parts = urlsplit(url)
-    local = loopback and parts.hostname in _LOOPBACK
-    secure = parts.scheme == "https" or (parts.scheme == "http" and (allow_http or local))
-    if not secure or not parts.hostname or parts.username is not None or parts.query or parts.fragment:
-        raise ValueError(f"not a plain https URL: {url!r}")
-    return url
 
 
 def read_key_set(document: bytes) -> Keys:
@@ -154,15 +139,9 @@ class JwksSource:
         """
         Ask for the key set, past every cache on the way if need be; blocks, for `timeout` seconds at most.
 
-        Raises BadKeySet, httpx2.HTTPError, OSError, TimeoutError.
+        Raises BadKeySet, AnswerTooLong, httpx2.HTTPError, OSError, TimeoutError.
         """
-        loop = asyncio.new_event_loop()
-        try:
-            return loop.run_until_complete(self._fetch(past_caches))
-        finally:
-            # What `asyncio.run` does, but for waiting until a name that takes long has been resolved.
-            loop.run_until_complete(loop.shutdown_asyncgens())
-            loop.close()
+        return run_alone(self._fetch, past_caches)
 
     async def _fetch(self, past_caches: bool) -> Fetched:
         headers = {"accept": "application/json", "accept-encoding": "identity"}
@@ -195,7 +174,7 @@ class JwksSource:
 
 async def _get(url: str, headers: Mapping[str, str]) -> tuple[Mapping[str, str], bytes]:
     """
-    Return an answer's headers and its body, which is small and not compressed; raises BadKeySet.
+    Return an answer's headers and its body, which is small and not compressed; raises BadKeySet, AnswerTooLong.
 
     The connection is a new one each time: minutes apart, there is nothing to gain from keeping it, and a new address
     is noticed. A proxy that the environment names is used where TLS keeps it from changing the answer.
@@ -206,9 +185,4 @@ async def _get(url: str, headers: Mapping[str, str]) -> tuple[Mapping[str, str],
     ):
         if answer.status_code != 200:
             raise BadKeySet(f"{url} answered {answer.status_code}")
-        body = b""
-        async for chunk in answer.aiter_raw():
-            body += chunk
-            if len(body) > _LARGEST_DOCUMENT:
-                raise BadKeySet(f"{url} answered more than {_LARGEST_DOCUMENT} bytes")
-        return answer.headers, body
+        return answer.headers, await bounded_body(answer, _LARGEST_DOCUMENT)

@@ -6,18 +6,16 @@ for the same answer. Everything else here is arithmetic on instants.
 """
 
 import logging
-import os
 import random
 import threading
-import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
 
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from identity_service.verifier.core import KeysUnavailable, TokenRefused
+from identity_service.verifier.fetching import when_forked
 from identity_service.verifier.jwks import Fetched, JwksSource, Keys
 
 log = logging.getLogger("identity_service.verifier")
@@ -73,8 +71,7 @@ class KeyCache:
         self._failed_at = self._refetched_at = float("-inf")
         self._unknown: dict[str, tuple[float, float]] = {}
         self._lock = threading.Lock()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=partial(_forked, weakref.ref(self)))  # it is never taken back
+        when_forked(self._forget_parent)
 
     def find(self, kid: str) -> rsa.RSAPublicKey | None:
         """Return a fresh key, without a lock and without a word to anybody; None where `look` has to say more."""
@@ -177,9 +174,7 @@ class KeyCache:
             dead_at=since + max(self._max_stale, fetched.usable),
         )
 
-
-def _forked(reference: "weakref.ref[KeyCache]") -> None:
-    """Forget, in a child process, the parent's fetch, and a lock that nobody here will ever release."""
-    if (cache := reference()) is not None:
-        cache._lock = threading.Lock()
-        cache._flight = None
+    def _forget_parent(self) -> None:
+        """Forget, in a child process, the parent's fetch, and a lock that nobody here will ever release."""
+        self._lock = threading.Lock()
+        self._flight = None

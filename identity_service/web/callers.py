@@ -33,7 +33,7 @@ from identity_service.web.deps import (
     spend,
 )
 from identity_service.web.problems import BadRequest, Forbidden
-from identity_service.web.strict import check_parameters
+from identity_service.web.strict import StrictRoute, check_parameters
 
 Answer = TypeVar("Answer")
 
@@ -89,8 +89,8 @@ class AccessRule:
     """
     What a route demands: a scope, a person behind it, and a credential that was not handed on. No scope: anybody.
 
-    An API key lies in a file and an exchanged token with a service; what leaks must neither take an account over nor
-    make credentials that outlive it.
+    An API key lies in a file and an exchanged token with a service. What leaks may look and take away; it must give
+    nothing that outlives it: no credential, no right, no account, no way into one.
     """
 
     scope: str | None
@@ -167,11 +167,15 @@ class Callers:
         local: Limiter,
         clock: Clock,
         *,
-        general: Rule,
+        caller_rule: Rule,
+        network_rule: Rule,
         api_key: Rule,
         trusted_proxies: Sequence[IPNetwork],
     ) -> None:
-        """`general` limits each caller of the API, in this process's own `local` count; `api_key` each key."""
+        """
+        `caller_rule` limits each caller of the API and `network_rule` who comes without a token, both in this process's
+        own `local` count; `api_key` limits each key.
+        """
         self._db = db
         self._bearer = bearer
         self._users = users
@@ -181,7 +185,8 @@ class Callers:
         self._audit = audit
         self._limiter = limiter
         self._local = local
-        self._general = general
+        self._caller_rule = caller_rule
+        self._network_rule = network_rule
         self._api_key = api_key
         self._guesses = FailureBudget(limiter, clock, API_KEY_GUESSING)
         self._trusted_proxies = trusted_proxies
@@ -191,7 +196,9 @@ class Callers:
 
         async def visitor(request: Request) -> Visitor:
             origin = self._origin(request)
-            await spend(self._local, [Spend(self._general, f"n:{origin.network}")])
+            await spend(self._local, [Spend(self._network_rule, f"n:{origin.network}")])
+            if isinstance(request.scope["route"], StrictRoute):  # pages take what a mail reader adds to their links
+                check_parameters(request)
             return Visitor(self._db, self._limiter, origin)
 
         visitor.rule = AccessRule(None)  # type: ignore[attr-defined]  # read by the test that walks the routes
@@ -213,13 +220,13 @@ class Callers:
                 return await self._by_api_key(request, Secret(keys[0]), origin, rule)
             claims = self._bearer.read(headers)
             request.scope["state"]["client_id"] = claims.client_id
+            await spend(self._local, [Spend(self._caller_rule, f"t:{claims.subject}:{claims.client_id}")])
             handed_on = rule.first_hand and "act" in claims.claims
             if rule.scope not in claims.scope or handed_on:
                 # Said before anything is said about the body, and of live tokens only.
                 await self._db.run(lambda tx: self._bearer.check_live(tx, claims))
                 raise Forbidden(rule.not_first_hand) if handed_on else InsufficientScope(scope)
             check_parameters(request)
-            await spend(self._local, [Spend(self._general, f"t:{claims.subject}:{claims.client_id}")])
             return Entry(self._db, lambda tx: self._by_token(tx, claims, origin, rule), origin)
 
         entry.rule = rule  # type: ignore[attr-defined]  # read by the test that walks the routes
@@ -254,7 +261,7 @@ class Callers:
         return _admitted(caller, rule)
 
     async def _by_api_key(self, request: Request, text: Secret, origin: Origin, rule: AccessRule) -> Entry:
-        await spend(self._local, [Spend(self._general, f"n:{origin.network}")])
+        await spend(self._local, [Spend(self._network_rule, f"n:{origin.network}")])
         presented = self._api_keys.read(text)
         held: LiveKey | KeyRefused = KeyRefused("malformed")
         if presented is not None:
@@ -288,6 +295,7 @@ class Callers:
                 target=presented.key_id,
                 client_id=None,
                 detail={"reason": held.reason},
+                genuine=True,
             )
         return held
 

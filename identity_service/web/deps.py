@@ -17,6 +17,7 @@ from identity_service.infra.database import Database, Transaction
 from identity_service.infra.ratelimit import Left, Limited, Limiter, Rule, Spend
 from identity_service.infra.ratelimit.catalogue import CLIENT_AUTHENTICATION
 from identity_service.infra.runtime import Clock, Secret
+from identity_service.infra.tables import LONGEST_USER_AGENT
 from identity_service.oauth.errors import InvalidClient, InvalidRequest, TooManyRequests
 from identity_service.oauth.tokens import IssuedTokens
 from identity_service.verifier.core import TokenRefused, VerifiedClaims
@@ -70,13 +71,10 @@ def network_of(scope: Scope, headers: Headers, trusted: Sequence[IPNetwork]) -> 
     return _network(client)
 
 
-_LONGEST_USER_AGENT = 256
-
-
 def origin_of(scope: Scope, trusted: Sequence[IPNetwork]) -> Origin:
     """Return where a request comes from, as limits, the audit trail and people's lists of sessions tell it."""
     headers = Headers(scope["headers"])
-    agent = (headers.one("user-agent") or "")[:_LONGEST_USER_AGENT]
+    agent = (headers.one("user-agent") or "")[:LONGEST_USER_AGENT]
     return Origin(network_of(scope, headers, trusted), scope["state"]["request_id"], agent)
 
 

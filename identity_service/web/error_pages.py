@@ -14,7 +14,7 @@ from identity_service.infra.runtime.hashing import HashingBusy
 from identity_service.oauth.errors import OAuthError
 from identity_service.web.asgi import Reply
 from identity_service.web.deps import InsufficientScope, Unauthenticated
-from identity_service.web.errors import note, problem, problem_of
+from identity_service.web.errors import note_refusal, problem, problem_of
 from identity_service.web.problems import Problem
 from identity_service.web.strict import Unfit
 
@@ -58,7 +58,7 @@ def install_error_pages(app: FastAPI) -> None:
     @app.exception_handler(HashingBusy)
     @app.exception_handler(MailQueueFull)
     async def known(request: Request, error: Exception) -> Response:
-        note(request.scope, error)
+        note_refusal(request.scope, error)
         return respond(problem_of(error))
 
 

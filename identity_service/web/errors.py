@@ -35,7 +35,7 @@ def as_oauth(error: Exception) -> OAuthError | None:
     return None
 
 
-def note(scope: Scope, error: Exception) -> None:
+def note_refusal(scope: Scope, error: Exception) -> None:
     """Say in the request's state, for its log line and for who counts refusals, why it is refused."""
     known = as_oauth(error)
     scope["state"]["reason"] = known.reason if known else "fault"

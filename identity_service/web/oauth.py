@@ -34,7 +34,7 @@ from identity_service.web.deps import (
     client_credentials,
     origin_of,
 )
-from identity_service.web.errors import as_oauth, note, oauth_reply
+from identity_service.web.errors import as_oauth, note_refusal, oauth_reply
 from identity_service.web.forms import ClientGone, Form, check_media_type, parse_form, read_body, refuse_query
 from identity_service.web.uniform import until_uniform
 
@@ -88,7 +88,7 @@ class FormEndpoint(ABC):
         except ClientGone:
             return
         except Exception as error:  # the one place where a fault becomes an answer
-            note(scope, error)
+            note_refusal(scope, error)
             reply = oauth_reply(error, basic_was_used=basic_was_used(headers))
         await reply.send(send)
 

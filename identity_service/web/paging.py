@@ -5,7 +5,7 @@ import binascii
 import hashlib
 import hmac
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Generic, TypeVar, final
 
 from fastapi import Header, Query, Response
@@ -67,6 +67,25 @@ class Cursors:
             raise Invalid(Fault("/cursor", "not a cursor of this list with these filters"))
         place: list[Any] = json.loads(payload)
         return place
+
+    def page(
+        self,
+        listing: str,
+        filters: Any,
+        cursor: str | None,
+        items: Sequence[Item],
+        place_of: Callable[[Item], list[Any]],
+        limit: int,
+    ) -> tuple[list[Item], str | None]:
+        """
+        Return one page of a list that is short enough to be read at once, and the next page's cursor.
+
+        The list is sorted by `place_of`, the greatest first. Raises Invalid for a cursor that is not this list's.
+        """
+        place = self.read(listing, filters, cursor)
+        rest = [item for item in items if place is None or place_of(item) < place]
+        page = rest[:limit]
+        return page, self.write(listing, filters, place_of(page[-1])) if len(rest) > limit else None
 
     def _mac(self, listing: str, filters: Any, payload: bytes) -> bytes:
         bound = json.dumps([listing, filters], sort_keys=True, default=str).encode("ascii")

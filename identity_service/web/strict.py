@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, Never
 
-from fastapi import Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints
 
@@ -144,7 +144,7 @@ def _has_body(request: Request) -> bool:
 
 
 class StrictRoute(APIRoute):
-    """A route that reads its body strictly."""
+    """A route that reads its body strictly, and whose answers nobody may keep."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Wrap the framework's handler."""
@@ -156,6 +156,13 @@ class StrictRoute(APIRoute):
             expected = self.body_field is not None and _has_body(request)
             if expected and not all(map(_is_json, request.headers.getlist("content-type") or [""])):
                 raise Problem(415, "The body must be sent as application/json.")
-            return await handler(_StrictRequest(request.scope, request.receive))
+            answer = await handler(_StrictRequest(request.scope, request.receive))
+            answer.headers["cache-control"] = "no-store"  # it is about somebody, or holds a secret
+            return answer
 
         return strict
+
+
+def api_routes(prefix: str, *, tag: str) -> APIRouter:
+    """Return a router for routes of the JSON API."""
+    return APIRouter(prefix=prefix, tags=[tag], route_class=StrictRoute)

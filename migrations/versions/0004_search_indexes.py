@@ -1,5 +1,5 @@
 """
-Index what operators search by.
+Index what operators search by, and what the jobs clean up by.
 
 The tables may be large by now, so on PostgreSQL each index is built without holding up who writes. Such a build cannot
 be part of a transaction: one that was interrupted leaves an index that is not valid, which the next run replaces.
@@ -18,6 +18,7 @@ _INDEXES = {
     "ix_users_disabled": "INDEX {} ON users (id) WHERE NOT enabled",
     "ix_users_unverified": "INDEX {} ON users (id) WHERE email_verified_at IS NULL",
     "ix_users_deleted_at": "INDEX {} ON users (deleted_at) WHERE deleted_at IS NOT NULL",
+    "ix_api_keys_revoked_at": "INDEX {} ON api_keys (revoked_at) WHERE revoked_at IS NOT NULL",
     "ix_audit_events_seq": "UNIQUE INDEX {} ON audit_events (seq)",
     "ix_audit_events_unsealed": "INDEX {} ON audit_events (id) WHERE seq IS NULL",
     "ix_audit_events_event_at": "INDEX {} ON audit_events (event, at)",

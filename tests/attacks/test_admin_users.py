@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select, update
 
-from identity_service.accounts.access import PERMISSIONS, SUPER_ADMIN
+from identity_service.accounts.access import ADMINISTRATORS_LOCK, PERMISSIONS, SUPER_ADMIN
 from identity_service.accounts.users import User
 from identity_service.infra.database import Transaction
 from identity_service.infra.tables import role_scopes, users
@@ -195,6 +195,18 @@ async def test_a_service_with_the_scopes_manages_people_who_hold_no_more(service
     assert (row.actor, row.client_id) == (client.id, client.id)
 
 
+@pytest.mark.case("ADM-06")
+async def test_no_password_reset_is_forced_on_the_last_super_admin(service: Service) -> None:
+    """A service may hold every scope; without a password nobody could sign in to undo what it does."""
+    client = await service.a_client(grant_types=["client_credentials"], scope=EVERY_SCOPE, audiences=[ISSUER])
+    own = (await service.token(client, grant_type="client_credentials")).json()["access_token"]
+    tool, last = Operator(service, own), await service.a_user("last", role=SUPER_ADMIN)
+    answer = await tool("POST", f"/users/{last.id}/force-password-reset")
+    assert (answer.status_code, answer.json()["title"].split(".")[0]) == (409, "This is the last super_admin")
+    await service.a_user("second", role=SUPER_ADMIN)
+    assert (await tool("POST", f"/users/{last.id}/force-password-reset")).status_code == 200
+
+
 # -- the last who can do everything -----------------------------------------------------------------------------------
 
 ENDS = ["demote", "disable", "delete", "purge"]
@@ -232,7 +244,7 @@ async def test_of_two_who_end_each_other_one_does(service: Service, first: str, 
     one, one_asks = await boss_of(service, "one")
     two, two_asks = await boss_of(service, "two")
     async with held(service) as gate:
-        await gate.tx.lock("administrators")
+        await gate.tx.lock(ADMINISTRATORS_LOCK)
         ahead = await blocked(service, try_to(one_asks, first, two))
         behind = await blocked(service, try_to(two_asks, second, one), behind=1)
         await gate.commit()
@@ -255,7 +267,7 @@ async def test_the_last_is_counted_after_the_other_has_gone(service: Service, ch
     client = await service.a_client(scope=everything, audiences=[ISSUER], grant_types=("client_credentials",))
     token = (await service.token(client, grant_type="client_credentials")).json()["access_token"]
     async with held(service) as leaving:
-        await leaving.tx.lock("administrators")
+        await leaving.tx.lock(ADMINISTRATORS_LOCK)
         await service.services.users.delete(leaving.tx, other.id)
         late = await blocked(service, try_to(Operator(service, token), change, user))
         await leaving.commit()
@@ -392,7 +404,7 @@ async def test_a_cursor_is_good_for_its_list_and_its_filters_only(service: Servi
         base64.urlsafe_b64encode(bytes(16) + raw[16:]).decode().rstrip("="),
         cursor[:-2],
         cursor + "AA",
-        "A" + cursor[1:],
+        ("B" if cursor[0] == "A" else "A") + cursor[1:],
     ]
     for bad in forged:
         assert (await boss("GET", "/users", params={**good, "cursor": bad})).status_code == 422

@@ -402,6 +402,30 @@ async def test_a_services_key_ends_with_its_client(api: Service) -> None:
     assert await is_active(api, gateway, await exchanged(api, gateway, key))
 
 
+@pytest.mark.case("KEY-05")
+async def test_tokens_exchanged_for_a_persons_key_stay_dead_when_the_person_comes_back(api: Service) -> None:
+    """The key rests while its owner is disabled; what it was exchanged for ends for good."""
+    person, gateway = await api.a_user(), await an_exchanger(api)
+    key = await a_key(api, person)
+    token = await exchanged(api, gateway, key)
+    await api.disable(person)
+    assert not await is_active(api, gateway, token)
+    await api.enable(person)
+    assert not await is_active(api, gateway, token)
+    assert await is_active(api, gateway, await exchanged(api, gateway, key))
+
+
+@pytest.mark.case("KEY-05")
+async def test_a_replaced_secret_is_exchanged_for_nothing_that_outlives_it(api: Service) -> None:
+    """Whoever still has it gets tokens that end with the overlap."""
+    person, gateway = await api.a_user(), await an_exchanger(api)
+    old = await a_key(api, person)
+    new = await api.within(lambda tx: api.services.api_keys.rotate(tx, old.id, person.id, timedelta(seconds=100)))
+    assert new is not None
+    ends = [(await exchange(api, gateway, key)).json()["expires_in"] for key in (old, Key(old.id, new.text.reveal()))]
+    assert ends[0] <= 100 < ends[1]
+
+
 @pytest.mark.case("KEY-06")
 async def test_a_revocation_while_redis_is_away_holds_when_it_is_back(api: Service, database_url: str) -> None:
     """There is no copy of a key anywhere that could come back to life."""

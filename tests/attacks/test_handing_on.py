@@ -1,13 +1,17 @@
 """Ways to more than one was given, each of them closed: by clients, their secrets, roles, and keys of others."""
 
+from collections.abc import Iterable
 from typing import Any
+from unittest.mock import patch
 
 import httpx2
 import pytest
 
-from identity_service.accounts.access import PERMISSIONS
+from identity_service.accounts.access import PERMISSIONS, Access
+from identity_service.infra.database import Transaction
+from tests.support.keys import an_exchanger, exchanged
 from tests.support.operators import Operator, an_operator
-from tests.support.service import ISSUER, PASSWORD, Service
+from tests.support.service import ISSUER, PASSWORD, Service, running, test_settings
 
 STRONG = sorted(PERMISSIONS)
 
@@ -196,3 +200,98 @@ async def test_somebody_who_cannot_sign_in_does_not_count_as_the_last_who_can_do
     leave = await service.http.request("DELETE", "/v1/users/me", json={"password": PASSWORD}, headers=boss.headers)
     assert leave.status_code == 409
     assert (await boss("DELETE", f"/users/{ghost.json()['id']}")).status_code == 204
+
+
+# -- what was handed on gives nothing ---------------------------------------------------------------------------------
+
+
+GIVING: list[tuple[str, str, Any]] = [
+    ("POST", "/users", {"username": "ghost", "email": "ghost@evil.example", "role": "clerk"}),
+    ("PATCH", "/users/{other}", {"email": "other@evil.example"}),
+    ("PUT", "/users/{other}/role", {"role": "clerk"}),
+    ("POST", "/users/{other}/enable", None),
+    ("PATCH", "/clients/{client}", {"scope": ["users:write"], "redirect_uris": ["https://evil.example/cb"]}),
+    ("PATCH", "/roles/user", {"scopes": ["users:write"]}),
+    ("POST", "/roles", {"name": "mine", "scopes": ["users:write"]}),
+    ("POST", "/scopes", {"name": "mine"}),
+]
+TAKING: list[tuple[str, str, Any]] = [
+    ("POST", "/users/{other}/disable", None),
+    ("DELETE", "/users/{other}/sessions", None),
+    ("POST", "/clients/{client}/disable", None),
+]
+
+
+@pytest.mark.case("KEY-02")
+@pytest.mark.parametrize("kind", ["an API key", "an exchanged token"])
+async def test_a_credential_that_was_handed_on_takes_away_and_gives_nothing(service: Service, kind: str) -> None:
+    """Neither an operator who outlives it, nor a way into somebody's account, nor a right; ending things it may."""
+    scope = ["users:read", "users:write", "clients:read", "clients:write", "roles:read", "roles:write", "account:write"]
+    boss = await an_operator(service)
+    await boss("POST", "/roles", {"name": "clerk", "parent": "user", "scopes": scope})
+    owner = await an_operator(service, "clerk")
+    client_id = (await a_client(boss, scope=[]))["client"]["client_id"]
+    other = await service.a_user("other")
+    if kind == "an API key":
+        body = {"name": "k", "scope": scope}
+        made = await service.http.post("/v1/users/me/api-keys", json=body, headers=owner.headers)
+        handed_on = Operator(service, "")
+        handed_on.headers = {"x-api-key": made.json()["key"]}
+    else:
+        exchanger = await an_exchanger(service, scope=scope, exchange_audiences=[ISSUER], introspect=[ISSUER])
+        token = owner.headers["authorization"].removeprefix("Bearer ")
+        handed_on = Operator(service, await exchanged(service, exchanger, token))
+    places = {"other": other.id, "client": client_id}
+    for method, path, body in GIVING:
+        answer = await handed_on(method, path.format(**places), body)
+        assert answer.status_code == 403, f"{path}: {answer.text}"
+        assert "session" in answer.json()["title"], path
+    for method, path, body in TAKING:
+        assert (await handed_on(method, path.format(**places), body)).status_code == 204, path
+    assert (await boss("GET", f"/users/{other.id}")).json()["email"] == other.email
+
+
+async def test_who_may_not_change_a_service_may_not_end_its_keys(boss: Operator) -> None:
+    """Ending the key that everything runs on is no less than disabling the service."""
+    client_id = (await a_client(boss, scope=STRONG))["client"]["client_id"]
+    made = (await boss("POST", f"/clients/{client_id}/api-keys", {"name": "k", "scope": ["users:read"]})).json()
+    clerk = await with_role(boss.service, "clerk", ["clients:read", "clients:write", "users:write"])
+    for path in (f"/clients/{client_id}/api-keys/{made['id']}", f"/api-keys/{made['id']}"):
+        assert (await clerk("DELETE", path)).status_code == 403, path
+    assert (await boss("DELETE", f"/api-keys/{made['id']}")).status_code == 204
+
+
+async def test_a_role_is_given_no_scope_that_appears_while_it_is_written(boss: Operator) -> None:
+    """What is checked is what was written, not what was asked for a moment before."""
+    service = boss.service
+    clerk = await with_role(service, "clerk", ["roles:read", "roles:write"])
+    existing = Access.existing
+
+    async def late(self: Access, tx: Transaction, names: Iterable[str]) -> frozenset[str]:
+        await self.define(tx, ["brand:new"])
+        return await existing(self, tx, names)
+
+    with patch.object(Access, "existing", late):
+        assert (await clerk("POST", "/roles", {"name": "a", "scopes": ["brand:new"]})).status_code == 403
+    assert (await boss("GET", "/roles/a")).status_code == 404
+
+
+async def test_the_general_limit_holds_for_who_lacks_the_scope_as_well(database_url: str) -> None:
+    """Each such request asks the database whether the token is alive."""
+    async with running(test_settings(database_url, client_rate=1)) as service:
+        someone = await an_operator(service, "user")
+        answers = [(await someone("GET", "/users")).status_code for _ in range(8)]
+        assert answers == [403] * 5 + [429] * 3
+
+
+async def test_the_trail_says_what_a_client_was_given(boss: Operator) -> None:
+    """And from where it may call."""
+    client_id = (await a_client(boss, scope=["users:read"]))["client"]["client_id"]
+    await boss("PATCH", f"/clients/{client_id}", {"scope": [], "cors_origins": ["https://app.example"], "name": "Y"})
+    [made], [changed] = [await boss.service.events(f"client.{what}") for what in ("created", "updated")]
+    assert made.detail == {"scope": ["users:read"], "grant_types": ["client_credentials"]}
+    assert changed.detail == {
+        "members": ["cors_origins", "name", "scope"],
+        "scope": [],
+        "cors_origins": ["https://app.example"],
+    }

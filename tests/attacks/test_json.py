@@ -1,5 +1,6 @@
 """Bodies of the JSON API are read strictly: whatever comes is an answer, soon, and never an echo."""
 
+import json
 import time
 from collections.abc import AsyncIterator
 
@@ -87,6 +88,18 @@ async def test_what_is_not_json_is_refused_as_such(mika: Person, kind: str) -> N
 @pytest.mark.parametrize("kind", NOT_MEANT)
 async def test_json_that_cannot_be_meant_is_refused(mika: Person, kind: str) -> None:
     assert (await refused(mika, NOT_MEANT[kind])).status_code == 422
+
+
+@pytest.mark.case("INP-02")
+@pytest.mark.parametrize("half", [r"\ud800", r"a\udfffb", r"\udc00\ud800", r"\u0000"])
+@pytest.mark.parametrize("member", ["current_password", "new_password"])
+async def test_half_a_character_is_no_password(mika: Person, member: str, half: str) -> None:
+    """Which would be hashed as bytes, and has none; nor has any hash algorithm a use for NUL."""
+    body = {"current_password": "a long enough one", "new_password": "another that is long", member: "HALF"}
+    sent = json.dumps(body).replace("HALF", half + " of a long password").encode()
+    headers = {**mika.headers, **JSON}
+    answer = await mika.service.http.post("/v1/users/me/password", content=sent, headers=headers)
+    assert (answer.status_code, "cannot be stored" in answer.text) == (422, True), answer.text
 
 
 @pytest.mark.case("INP-04")

@@ -113,6 +113,45 @@ async def test_an_account_made_in_somebodys_name_becomes_theirs(people: Service)
     assert await signs_in(people, "victim@example.org", NEW)
 
 
+@pytest.mark.case("ACC-28")
+@pytest.mark.parametrize("mode", ["open", "private"])
+async def test_nobody_uses_up_the_mails_of_an_address_before_it_registers(sqlite_url: str, mode: str) -> None:
+    """Neither by asking for a link that nobody is due, nor by registering with it under a name that is taken."""
+    settings = test_settings(sqlite_url, registration=mode, trusted_proxies=("127.0.0.1",))
+    async with running(settings) as service:
+        await service.a_user("taken")
+        victim = {"username": "victim", "email": "victim@example.net", "password": PASSWORD}
+        for number in range(5):
+            network = {"x-forwarded-for": f"192.0.2.{number}"}
+            for path, body in (
+                ("/v1/email-verification", {"email": "Victim@example.net"}),
+                ("/v1/users", victim | {"username": "taken"}),
+            ):
+                assert (await service.http.post(path, json=body, headers=network)).status_code in (202, 409)
+        before = await mails(service)
+        assert before == ([] if mode == "open" else [("username_taken", "victim@example.net")] * 3)
+        assert (await service.http.post("/v1/users", json=victim)).status_code in (201, 202)
+        assert await mails(service) == [*before, ("verify_email", "victim@example.net")]
+        assert await ask(service, "victim@example.net", "email-verification") == 202
+        # Privately the mails that told what is taken count as well: three of them are enough for one hour.
+        assert len(await service.events("email_verification.requested")) == (2 if mode == "open" else 1)
+
+
+@pytest.mark.case("ACC-28")
+@pytest.mark.case("ACC-29")
+async def test_an_account_in_somebodys_name_does_not_write_to_them(people: Service) -> None:
+    """An address that was never proven hears nothing of another that is asked for, nor of the change."""
+    mallory = await signed_in(people, await people.a_user("mallory", email="victim@example.net", verified=False))
+    statuses = []
+    for number in range(7):
+        body = {"email": f"mallory{number}@evil.example", "password": PASSWORD}
+        statuses.append((await mallory("POST", "/email", body)).status_code)
+    assert statuses == [202] * 5 + [429] * 2
+    token = await link(people, "mallory4@evil.example", "change_email")
+    assert (await people.http.post("/v1/email-verification/confirm", json={"token": token})).status_code == 204
+    assert [recipient for _, recipient in await mails(people) if recipient == "victim@example.net"] == []
+
+
 @pytest.mark.case("ACC-29")
 async def test_a_thief_of_a_session_cannot_move_the_account_away(people: Service) -> None:
     """Without the password there is no other address, and a pending one dies with the owner's next password."""

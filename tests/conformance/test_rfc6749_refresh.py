@@ -232,7 +232,10 @@ async def test_a_refresh_chooses_among_the_granted_targets(service: Service) -> 
 async def test_a_family_keeps_the_targets_it_was_granted(service: Service) -> None:
     """What a client may ask for later is for later sign-ins."""
     client, tokens = await signed_in(service, audiences=(ISSUER,))
-    await service.within(lambda tx: service.services.clients.set_audiences(tx, client.id, (SIBLING,)))
+    clients = service.services.clients
+    stored = await service.within(lambda tx: clients.find(tx, client.id))
+    assert stored is not None
+    await service.within(lambda tx: clients.update(tx, stored, {"audiences": (SIBLING,)}))
     refused(await service.refresh(client, tokens["refresh_token"], resource=SIBLING), "invalid_target")
     second = await good(service, client, tokens["refresh_token"])
     assert unverified_claims(second["access_token"])["aud"] == ISSUER

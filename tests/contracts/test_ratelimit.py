@@ -14,10 +14,10 @@ from identity_service.infra.ratelimit import Allowed, Limited, Limiter, MemoryLi
 from identity_service.infra.ratelimit.shared import RedisLimiter, redis_client
 from tests.support.clock import FrozenClock
 
-PLAIN = Rule("plain", burst=3, interval=10, memory=600, credential=True)
-SLOW = Rule("slow", burst=1, interval=60, memory=600, credential=True)
-GROWING = Rule("growing", burst=2, interval=5, growth=2, max_interval=60, memory=3600, credential=True)
-CLOSING = Rule("closing", 1, 5, 2, 20, 4, memory=3600, credential=True)
+PLAIN = Rule("plain", burst=3, interval=10, memory=600)
+SLOW = Rule("slow", burst=1, interval=60, memory=600)
+GROWING = Rule("growing", burst=2, interval=5, growth=2, max_interval=60, memory=3600)
+CLOSING = Rule("closing", 1, 5, 2, 20, 4, memory=3600)
 
 plain, slow, growing, closing = (Spend(rule, "alice") for rule in (PLAIN, SLOW, GROWING, CLOSING))
 

@@ -1,5 +1,5 @@
 """
-What several of these tests are handed: an operator, commands, a database of each kind, the audit trail.
+What several of these tests are handed: commands, a database of each kind, the audit trail.
 
 For those of the verifier an issuer, a clock, a verifier.
 """

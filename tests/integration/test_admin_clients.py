@@ -45,7 +45,7 @@ async def test_a_change_acts_within_a_second_and_is_audited_by_its_fields(boss: 
     assert token.json()["scope"] == ""
     assert token.json()["expires_in"] <= 120
     [row] = await boss.service.events("client.updated")
-    assert (row.target, row.detail) == (client_id, {"fields": ["access_token_ttl", "scope"]})
+    assert (row.target, row.detail) == (client_id, {"members": ["access_token_ttl", "scope"], "scope": []})
 
 
 async def test_a_lifetime_can_be_set_back_to_the_default(boss: Operator) -> None:
@@ -70,7 +70,9 @@ async def test_a_lifetime_can_be_set_back_to_the_default(boss: Operator) -> None
         ({"cors_origins": ["*"]}, "/cors_origins"),
         ({"cors_origins": ["https://app.example/"]}, "/cors_origins"),
         ({"grant_types": ["implicit"]}, "/grant_types"),
-        ({"grant_types": ["password"]}, ""),
+        ({"grant_types": ["password"]}, "/grant_types"),
+        ({"refresh_idle_ttl": 5}, "/refresh_idle_ttl"),
+        ({"refresh_absolute_ttl": 5}, "/refresh_absolute_ttl"),
         ({"access_token_ttl": 5}, "/access_token_ttl"),
         ({"refresh_retry_window": 3600}, "/refresh_retry_window"),
         ({"scope": ["never:defined"]}, "/scope"),

@@ -42,7 +42,13 @@ async def test_a_role_is_made_changed_given_and_deleted(boss: Operator) -> None:
     assert (await other("GET", "/signing-keys")).status_code == 200
     await boss("PATCH", "/roles/auditor", {"scopes": []})
     assert (await other("GET", "/signing-keys")).status_code == 403  # at once, with the token from before
-    assert [row.target for row in await boss.service.events("role.updated")] == ["auditor", "auditor"]
+    given, taken = [await boss.service.events(event) for event in ("role.granted", "role.withdrawn")]
+    assert ("auditor", ["keys:read"]) in [(row.target, row.detail["scopes"]) for row in given]
+    assert {row.target for row in taken} == {"auditor"}
+    assert {"audit:read", "keys:read"} in [set(row.detail["scopes"]) - {"orders:read"} for row in taken]
+    assert await boss.service.events("role.updated") == []
+    await boss("PATCH", "/roles/auditor", {"description": "Reads"})
+    assert [row.target for row in await boss.service.events("role.updated")] == ["auditor"]
 
 
 @pytest.mark.case("ADM-24")

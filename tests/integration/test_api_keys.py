@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import psycopg
 import pytest
 from sqlalchemy import func, insert, select, update
 
@@ -396,6 +397,31 @@ async def test_keys_that_ended_long_ago_are_forgotten(api: Service) -> None:
     assert expired.id != live.id
 
 
+async def test_forgetting_keys_does_not_look_at_the_living(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One index finds those that were revoked, one those that expired; both are short however many keys there are."""
+    person = await service.a_user()
+    await a_key(service, person)
+    row = dict((await service.execute(select(api_keys)))[0]._mapping)
+    await service.execute(insert(api_keys).values([{**row, "id": f"live{number:07}"} for number in range(2000)]))
+    async with service.services.db.engine.connect() as connection:
+        await connection.exec_driver_sql("ANALYZE api_keys")
+    plans: list[str] = []
+    execute = psycopg.AsyncCursor.execute
+
+    async def noting(cursor: Any, query: Any, *given: Any, **named: Any) -> Any:
+        if query.startswith("DELETE FROM api_keys"):
+            await execute(cursor, f"EXPLAIN {query}", *given, **named)
+            plans.append("\n".join(row[0] for row in await cursor.fetchall()))
+        return await execute(cursor, query, *given, **named)
+
+    monkeypatch.setattr(psycopg.AsyncCursor, "execute", noting)
+    assert await service.within(lambda tx: service.services.api_keys.clean_up(tx, batch=500)) == 0
+    [plan] = plans
+    assert "on ix_api_keys_revoked_at" in plan, plan
+    assert "on ix_api_keys_expires_at" in plan, plan
+    assert "Seq Scan" not in plan
+
+
 async def test_whoever_makes_and_ends_keys_for_ever_fills_no_table(api: Service) -> None:
     """The oldest dead ones go first; a live one never does."""
     person = await api.a_user()
@@ -520,7 +546,7 @@ async def test_a_key_is_alive_as_long_as_it_and_its_owner_are(api: Service) -> N
     keys, person, client = api.services.api_keys, await api.a_user(), await api.a_client()
 
     async def alive(key: Key, owner: Any) -> bool:
-        return await api.within(lambda tx: keys.alive(tx, key.id, owner))
+        return await api.within(lambda tx: keys.alive(tx, key.id, owner, 0))
 
     end = api.clock.now() + timedelta(seconds=1)
     for owner in (person.id, uuid.UUID(int=0), client.id, "cl_nobody"):
@@ -544,9 +570,11 @@ async def test_a_key_is_alive_as_long_as_it_and_its_owner_are(api: Service) -> N
     assert not await alive(theirs, person.id)
     assert not await alive(services, client.id)
     await api.enable(person)
-    assert await alive(theirs, person.id)
+    assert not await alive(theirs, person.id)  # what it was exchanged for before stays dead
+    assert await api.within(lambda tx: keys.alive(tx, theirs.id, person.id, 1))
+    assert not await api.within(lambda tx: keys.alive(tx, theirs.id, person.id, None))
     await api.within(lambda tx: api.services.users.delete(tx, person.id))
-    assert not await alive(theirs, person.id)
+    assert not await api.within(lambda tx: keys.alive(tx, theirs.id, person.id, 99))
 
 
 async def test_the_module_itself_refuses_what_no_row_can_hold(api: Service) -> None:

@@ -15,6 +15,7 @@ from identity_service.infra.audit import AuditTrail, Origin
 from identity_service.infra.database import Database, DatabaseUnavailable, Transaction
 from identity_service.infra.tables import audit_events
 from identity_service.main.jobs import flush_audit
+from tests.support.people import signed_in, with_key
 from tests.support.service import PASSWORD, Registered, Service, running, test_settings
 
 ORIGIN = Origin("198.51.100.1", "0123456789abcdef")
@@ -194,6 +195,26 @@ async def test_failures_beyond_ten_a_minute_become_one_row_with_a_count(proxied:
     proxied.clock.advance(60)
     await fail_client(proxied, client.id, 1)
     assert len(await proxied.events(event)) == 12
+
+
+async def test_no_noise_hides_which_key_or_which_session_was_abused(service: Service) -> None:
+    """Ten failures of another kind, or ten invented names, leave room for what nobody can invent."""
+    client, user = await service.a_client(), await service.a_user("mika")
+    key, mika = await with_key(service, user), await signed_in(service, user)
+    await service.within(lambda tx: service.services.api_keys.revoke_all(tx, user.id))
+    for number in range(15):
+        await service.token(client, grant_type="password", username=f"noise{number}", password="wrong password")
+    await service.token(client, grant_type="password", username="mika", password="wrong password")
+    assert (await key("GET")).status_code == 401
+    body = {"current_password": "wrong password", "new_password": "a different battery"}
+    assert (await mika("POST", "/password", body)).status_code == 403
+    await service.http.post("/token", data={"grant_type": "client_credentials"}, auth=(client.id, "wrong"))
+    assert [row.target for row in await service.events("client.authentication_failed")] == [client.id]
+    [refused] = await service.events("api_key.refused")
+    assert refused.detail == {"reason": "revoked"}
+    [guessed] = await service.events("reauthentication.failed")
+    assert guessed.target == str(user.id)
+    assert str(user.id) in [row.target for row in await service.events("sign_in.failed")]
 
 
 async def test_one_network_has_ten_rows_a_minute_whatever_it_aims_at(proxied: Service) -> None:

@@ -507,8 +507,8 @@ async def test_retention_removes_the_oldest_sealed_rows_and_the_chain_goes_on(tr
 async def test_retention_may_leave_nothing_and_the_chain_goes_on(trail: Trail) -> None:
     """The next row is sealed upon the last one that is gone."""
     await ten(trail)
-    assert await trail.within(lambda tx: trail.chain.retain(tx, trail.clock.now(), actor="cli")) == 10
-    assert [(row.seq, row.actor) for row in await trail.rows()] == [(None, "cli")]
+    assert await trail.within(lambda tx: trail.chain.retain(tx, trail.clock.now())) == 10
+    assert [(row.seq, row.actor) for row in await trail.rows()] == [(None, "schedule")]
     assert await trail.fault() is None
     await trail.write(2)
     await trail.seal()

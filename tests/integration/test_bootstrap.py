@@ -8,6 +8,7 @@ import httpx2
 import pytest
 from sqlalchemy import delete, select
 
+from identity_service.accounts.access import ADMINISTRATORS_LOCK
 from identity_service.infra.runtime.hashing import PasswordHasher
 from identity_service.infra.tables import audit_events, spent_bootstrap_secrets, users
 from tests.support.people import an_app
@@ -184,7 +185,7 @@ async def test_of_many_at_once_one_makes_an_operator(database_url: str) -> None:
 async def test_who_comes_second_by_a_moment_waits_for_the_first(database_url: str) -> None:
     """Somebody who is being made an operator in another way counts as one."""
     async with running(settings(database_url)) as service, held(service) as other:
-        await other.tx.lock("administrators")
+        await other.tx.lock(ADMINISTRATORS_LOCK)
         await service.services.users.create(
             other.tx,
             username="promoted",

@@ -364,7 +364,7 @@ def test_an_export_is_a_file_for_its_owner_only(cli: Cli, folder: Path, tmp_path
     assert json.loads(output.read_text("utf-8"))["actor"] == "ann"
     before = output.read_bytes()
     said = cli.run(*words).refused()
-    assert "exists; --force overwrites it" in said
+    assert "exists; --force replaces it" in said
     assert output.read_bytes() == before
     assert len(cli.json("audit", "list", "--event", "audit.exported")) == 1
     output.chmod(0o644)
@@ -372,7 +372,7 @@ def test_an_export_is_a_file_for_its_owner_only(cli: Cli, folder: Path, tmp_path
     assert stat.S_IMODE(output.stat().st_mode) == 0o600
     assert len(output.read_bytes().splitlines()) == 2
     assert [path.name for path in tmp_path.glob("*trail*")] == ["trail.jsonl"]
-    assert list(tmp_path.glob(".audit-*")) == []
+    assert list(tmp_path.glob(".export-*")) == []
 
 
 def test_an_export_goes_into_files_only(cli: Cli, folder: Path, tmp_path: Path) -> None:
@@ -425,7 +425,7 @@ def test_an_export_that_cannot_be_recorded_gives_nothing_away(
     for words in ((), ("--output", str(output))):
         assert "the database cannot be reached" in on_postgres.run("audit", "export", *words).refused()
     assert not output.exists()
-    assert list(tmp_path.glob(".audit-*")) == []
+    assert list(tmp_path.glob(".export-*")) == []
     with psycopg.connect(make_url(database_url).set(drivername="postgresql").render_as_string(False)) as connection:
         connection.execute("DROP TRIGGER planted ON audit_events")
     assert on_postgres.run("audit", "export", "--output", str(output)).code == 0

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from identity_service.infra.database import Transaction
 from tests.support.clock import FrozenClock
 from tests.support.commands import PASSWORD, Cli
 from tests.support.races import held, waiting
@@ -49,6 +50,32 @@ async def signed_in_twice(service: Service) -> list[dict[str, Any]]:
     return tokens
 
 
+def make_keys(folder: Path, user: dict[str, Any]) -> None:
+    """Give somebody two API keys."""
+
+    async def make(service: Service) -> None:
+        for name in ("build", "backup"):
+
+            async def create_key(tx: Transaction, name: str = name) -> None:
+                await service.services.api_keys.create(
+                    tx, owner=uuid.UUID(user["id"]), name=name, scope=("account:read",), expires_at=None, networks=()
+                )
+
+            await service.within(create_key)
+
+    beside(folder, make)
+
+
+def standing_keys(folder: Path, user: dict[str, Any]) -> int:
+    """Return how many API keys of somebody are not revoked."""
+
+    async def count(service: Service) -> int:
+        return len(await service.within(lambda tx: service.services.api_keys.list(tx, uuid.UUID(user["id"]))))
+
+    found: int = beside(folder, count)
+    return found
+
+
 def test_a_role_is_given_and_audited(cli: Cli) -> None:
     """Giving the role somebody has is nothing; one that does not exist is refused."""
     marie = create(cli, "marie")
@@ -63,7 +90,13 @@ def test_a_role_is_given_and_audited(cli: Cli) -> None:
 @pytest.mark.case("ADM-06")
 @pytest.mark.parametrize(
     "words",
-    [("role", "boss", "admin"), ("disable", "boss"), ("delete", "boss"), ("delete", "boss", "--purge")],
+    [
+        ("role", "boss", "admin"),
+        ("disable", "boss"),
+        ("force-reset", "boss"),
+        ("delete", "boss"),
+        ("delete", "boss", "--purge"),
+    ],
     ids=" ".join,
 )
 def test_the_last_super_admin_stays(cli: Cli, words: tuple[str, ...]) -> None:
@@ -77,7 +110,11 @@ def test_the_last_super_admin_stays(cli: Cli, words: tuple[str, ...]) -> None:
 
 
 @pytest.mark.case("ADM-06")
-@pytest.mark.parametrize("words", [("role", "boss1", "admin"), ("disable", "boss1"), ("delete", "boss1")], ids=" ".join)
+@pytest.mark.parametrize(
+    "words",
+    [("role", "boss1", "admin"), ("disable", "boss1"), ("force-reset", "boss1"), ("delete", "boss1")],
+    ids=" ".join,
+)
 async def test_a_command_waits_for_who_is_removing_the_other_one(
     service: Service, on_postgres: Cli, words: tuple[str, ...]
 ) -> None:
@@ -146,23 +183,20 @@ def test_a_deleted_user_is_restored_by_a_name_they_had(cli: Cli) -> None:
 def test_a_restored_users_keys_stay_dead(cli: Cli, folder: Path) -> None:
     """What was theirs before they left is no way back in."""
     marie = create(cli, "marie")
-    owner = uuid.UUID(marie["id"])
-
-    async def make(service: Service) -> None:
-        await service.within(
-            lambda tx: service.services.api_keys.create(
-                tx, owner=owner, name="k", scope=("account:read",), expires_at=None, networks=()
-            )
-        )
-
-    async def left(service: Service) -> int:
-        return len(await service.within(lambda tx: service.services.api_keys.list(tx, owner)))
-
-    beside(folder, make)
+    make_keys(folder, marie)
     cli.json("users", "delete", "marie")
-    assert beside(folder, left) == 1
+    assert standing_keys(folder, marie) == 2
     cli.json("users", "restore", marie["id"])
-    assert beside(folder, left) == 0
+    assert standing_keys(folder, marie) == 0
+
+
+def test_a_forced_reset_ends_the_keys_of_that_user(cli: Cli, folder: Path) -> None:
+    """Whoever had the password may have made them."""
+    marie, pierre = create(cli, "marie"), create(cli, "pierre")
+    for user in (marie, pierre):
+        make_keys(folder, user)
+    cli.json("users", "force-reset", "marie")
+    assert (standing_keys(folder, marie), standing_keys(folder, pierre)) == (0, 2)
 
 
 def test_a_purge_leaves_nothing_to_restore(cli: Cli) -> None:
@@ -238,6 +272,15 @@ def test_a_forced_reset_without_mail_says_what_to_do(cli: Cli) -> None:
     assert "identity-service users set-password marie" in said.out
     cli.json("users", "disable", "marie")
     assert cli.json("users", "force-reset", "marie")["mail_sent"] is False
+
+
+def test_who_has_no_password_can_be_sent_the_mail_again(cli: Cli, tmp_path: Path) -> None:
+    """Also where nobody can do everything: a first super_admin who was imported, and lost the mail."""
+    file = tmp_path / "users.jsonl"
+    file.write_text('{"username": "boss", "email": "boss@example.org", "role": "super_admin"}\n')
+    assert cli.run("users", "import", str(file), "--allow-roles", "super_admin").code == 0
+    for _ in range(2):
+        assert cli.json("users", "force-reset", "boss")["mail_sent"] is True
 
 
 def test_a_full_queue_changes_nothing(cli: Cli, folder: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from tests.support.operators import an_operator
+from tests.support.people import mails, signed_in
 from tests.support.service import PASSWORD, Service, running, test_settings
 
 
@@ -35,6 +36,34 @@ async def test_what_needs_mail_answers_503_whoever_it_is_about(full: Service) ->
         assert answer.headers["content-type"] == "application/problem+json"
         assert answer.content == answers[0].content
     assert await full.events("user.registered") == []
+
+
+async def test_a_link_that_arrived_gives_a_new_password_though_nobody_can_be_told(full: Service) -> None:
+    """Whoever fills the queue must not keep others out of their account; they are told nothing for once."""
+    user = await full.a_user("mika")
+    token_id = await full.within(
+        lambda tx: full.services.email_tokens.issue(
+            tx, purpose="reset_password", user_id=user.id, epoch=0, email=user.email
+        )
+    )
+    token = await full.within(lambda tx: full.services.email_tokens.text_of(tx, token_id))
+    assert token is not None
+    new = {"token": token.reveal(), "new_password": "a quite different phrase"}
+    assert (await full.http.post("/v1/password-reset/confirm", json=new)).status_code == 204
+    assert [row.target for row in await full.events("password.reset")] == [str(user.id)]
+    assert await mails(full) == [("password_changed", "a@example.org")]
+
+
+async def test_an_operator_ends_a_stolen_password_though_no_mail_can_wait(full: Service) -> None:
+    """And is told that somebody has to be told otherwise."""
+    boss, user = await an_operator(full), await full.a_user("mika")
+    thief = await signed_in(full, user)
+    answer = await boss("POST", f"/users/{user.id}/force-password-reset")
+    assert (answer.status_code, answer.json()) == (200, {"mail_sent": False})
+    assert (await thief("GET")).status_code == 401
+    assert (await boss("GET", f"/users/{user.id}")).json()["has_password"] is False
+    assert [row.target for row in await full.events("user.password_reset_forced")] == [str(user.id)]
+    assert await full.events("password_reset.requested") == []
 
 
 async def test_an_operators_change_that_must_be_told_is_not_made_untold(full: Service) -> None:

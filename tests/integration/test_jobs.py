@@ -8,9 +8,11 @@ from email.policy import default
 from pathlib import Path
 
 import pytest
-from sqlalchemy import func, select, update
+from sqlalchemy import delete, func, select, update
 
+from identity_service.accounts.users import User
 from identity_service.infra.audit import ChainBroken
+from identity_service.infra.database import Transaction
 from identity_service.infra.tables import api_keys, audit_events, email_tokens, outbox, users
 from identity_service.main.jobs import AUDIT_CHAIN_BROKEN
 from tests.support.service import PASSWORD, Service, running, test_settings
@@ -78,6 +80,102 @@ async def test_people_are_warned_once_before_a_key_of_theirs_ends(open_service: 
     assert body is not None
     assert "backup" in body.get_content()
     assert "idk_" not in mail.as_string()
+
+
+async def keys_of(service: Service, user: User, *lifetimes: float) -> None:
+    """Make keys that end after so many days, each named by the number."""
+    for days in lifetimes:
+        await service.within(
+            lambda tx, days=days: service.services.api_keys.create(
+                tx,
+                owner=user.id,
+                name=f"for {days} days",
+                scope=["account:read"],
+                expires_at=service.clock.now() + timedelta(days=days),
+                networks=[],
+            )
+        )
+
+
+async def warned_of(service: Service) -> list[tuple[str, str]]:
+    """Return the warnings that wait, as their recipient and the name of the key."""
+    rows = await service.execute(select(outbox).where(outbox.c.template == "api_key_expiring"))
+    return sorted((row.recipient, row.context["name"]) for row in rows)
+
+
+@pytest.mark.case("KEY-16")
+async def test_nobody_has_a_stranger_warned_of_keys(anywhere: Service) -> None:
+    """What a key is called is its owner's choice, and an address that they only claim is somebody else's."""
+    mallory = await anywhere.a_user("mallory", email="victim@example.net", verified=False)
+    await keys_of(anywhere, mallory, 1, 8)
+    anywhere.clock.advance(2 * DAY)  # type: ignore[attr-defined]
+    await anywhere.run_job("key_expiry")
+    assert await count(anywhere, outbox) == 0
+    await anywhere.patch_user(mallory, email_verified_at=anywhere.clock.now())
+    await anywhere.run_job("key_expiry")
+    assert await warned_of(anywhere) == [("victim@example.net", "for 8 days")]
+
+
+@pytest.mark.case("KEY-16")
+async def test_a_key_that_was_made_for_a_week_ends_without_a_warning(anywhere: Service) -> None:
+    """Whoever made it knows; one that lives longer is warned of."""
+    user = await anywhere.a_user()
+    await keys_of(anywhere, user, 1, 7, 7.5)
+    await anywhere.run_job("key_expiry")
+    assert await warned_of(anywhere) == []
+    anywhere.clock.advance(0.75 * DAY)  # type: ignore[attr-defined]
+    await anywhere.run_job("key_expiry")
+    assert await warned_of(anywhere) == [(user.email, "for 7.5 days")]
+
+
+@pytest.mark.case("KEY-16")
+async def test_as_many_warnings_are_ordered_as_can_wait(any_url: str) -> None:
+    """The others in later runs, each once; the places of people who are signed in stay theirs."""
+    async with running(test_settings(any_url, mail_queue=10)) as service:
+        users_ = [await service.a_user() for _ in range(2)]
+        for user in users_:
+            await keys_of(service, user, *(10 + number / 10 for number in range(8)))
+        service.clock.advance(5 * DAY)  # type: ignore[attr-defined]
+        seen: list[tuple[str, str]] = []
+        for expected in (9, 7, 0):
+            await service.run_job("key_expiry")
+            waiting = await warned_of(service)
+            assert len(waiting) == expected
+            seen += waiting
+            await service.execute(delete(outbox))
+        assert len(set(seen)) == 16
+
+
+@pytest.mark.case("REF-25")
+async def test_what_waits_to_be_mailed_goes_with_the_person(anywhere: Service) -> None:
+    """But for the notice that tells them so; and not what somebody is sent who has the address now."""
+    leaving, staying = await anywhere.a_user("ada"), await anywhere.a_user("mika")
+
+    async def order(tx: Transaction) -> None:
+        for user in (leaving, staying):
+            for template in ("password_changed", "account_deleted"):
+                await anywhere.services.outbox.enqueue(tx, template=template, recipient=user.email, context={})
+
+    async def waiting() -> list[tuple[str, str]]:
+        return sorted((row.recipient, row.template) for row in await anywhere.execute(select(outbox)))
+
+    await anywhere.within(order)
+    await anywhere.within(lambda tx: anywhere.services.users.delete(tx, leaving.id))
+    anywhere.clock.advance(30 * DAY + 60)  # type: ignore[attr-defined]
+    successor = await anywhere.a_user("ada2", email=leaving.email)
+    context = {"name": "k"}
+    await anywhere.within(
+        lambda tx: anywhere.services.outbox.enqueue(
+            tx, template="api_key_created", recipient=successor.email, context=context
+        )
+    )
+    await anywhere.run_job("purge")
+    assert await waiting() == [
+        (leaving.email, "account_deleted"),
+        (leaving.email, "api_key_created"),
+        (staying.email, "account_deleted"),
+        (staying.email, "password_changed"),
+    ]
 
 
 @pytest.mark.case("REF-25")

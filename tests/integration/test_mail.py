@@ -237,11 +237,32 @@ async def test_every_other_refusal_postpones_the_mail(behaviour: Behaviour) -> N
         assert len(server.received) == 1
 
 
+@pytest.mark.parametrize(
+    ("behaviour", "server_failed"),
+    [
+        (Behaviour(recipient_reply="450 4.2.0 greylisted"), False),
+        (Behaviour(recipient_reply="554 5.7.1 relay access denied"), False),
+        (Behaviour(data_reply="452 4.3.1 too big for now"), False),
+        (Behaviour(recipient_reply="421 4.3.2 closing"), True),
+        (Behaviour(data_reply="421 4.3.2 closing"), True),
+        (Behaviour(drops=1), True),
+    ],
+    ids=["recipient", "policy", "message", "closing before the message", "closing after it", "broken off"],
+)
+async def test_a_refusal_says_whether_others_would_have_fared_better(behaviour: Behaviour, server_failed: bool) -> None:
+    """What is about one recipient or one message must not hold up the rest; 421 is about the server (RFC 5321 §3.8)."""
+    async with smtp_server(behaviour=behaviour) as server:
+        with pytest.raises(MailPostponed) as refused:
+            await mailer_for(server).send(a_message())
+    assert refused.value.server_failed is server_failed
+
+
 async def test_a_server_that_is_away_postpones_the_mail() -> None:
     """Nobody listens at the port."""
     mailer = SmtpMailer(host=HOST, port=free_port(), security="none")
-    with pytest.raises(MailPostponed, match="ConnectionRefusedError"):
+    with pytest.raises(MailPostponed, match="ConnectionRefusedError") as refused:
         await mailer.send(a_message())
+    assert refused.value.server_failed
 
 
 async def test_a_server_that_breaks_off_before_its_answer_postpones_the_mail() -> None:

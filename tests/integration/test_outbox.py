@@ -329,7 +329,7 @@ async def test_nothing_is_lost_and_nothing_doubled_while_the_mail_server_is_away
         await server.stop()
         for number in range(9):
             await room.order(f"user{number}@example.org")
-        async with counted("postponed", 4):  # who did not answer four times is not asked five more times
+        async with counted("no_server", 4):  # who did not answer four times is not asked five more times
             assert await room.send(mailer_for(server)) == 0
         assert len(await room.rows()) == 9
         await server.start()
@@ -342,6 +342,31 @@ async def test_nothing_is_lost_and_nothing_doubled_while_the_mail_server_is_away
         f"user{number}@example.org" for number in range(9)
     ]
     assert await room.rows() == []
+
+
+@pytest.mark.case("OPS-27")
+async def test_who_cannot_be_written_to_now_holds_up_nobody_else(room: MailRoom) -> None:
+    """Forty whom the mail server puts off, ordered before one whom it does not."""
+
+    class Relay:
+        """A server that knows some recipients, and one that wants to be asked later about all others."""
+
+        async def send(self, message: EmailMessage) -> None:
+            known = "good" in str(message["To"])
+            await mailer_for(willing if known else hesitant).send(message)
+
+    for number in range(40):
+        await room.order(f"poison{number}@nowhere.example")
+        room.advance(1)
+    await room.order("good@example.org")
+    async with (
+        smtp_server() as willing,
+        smtp_server(behaviour=Behaviour(recipient_reply="450 4.2.0 come back later")) as hesitant,
+        counted("postponed", 40),
+    ):
+        assert await room.send(Relay()) == 1
+    assert [mail.recipients for mail in willing.received] == [("good@example.org",)]
+    assert {row.attempts for row in await room.rows()} == {1}
 
 
 async def test_a_mail_that_is_refused_for_now_is_tried_ever_less_often(room: MailRoom) -> None:
@@ -363,6 +388,20 @@ async def test_a_mail_that_is_refused_for_now_is_tried_ever_less_often(room: Mai
         room.advance(60 * MINUTES)
         assert await room.send(mailer_for(server)) == 1
     assert len(server.received) == 1
+
+
+async def test_a_mail_is_not_tried_for_ever_while_the_mail_server_is_away(room: MailRoom) -> None:
+    """After a day it is given up, and audited."""
+    await room.order()
+    async with smtp_server() as server:
+        await server.stop()
+        await room.send(mailer_for(server))
+        room.advance(24 * 3600)
+        await room.send(mailer_for(server))
+        await server.start()
+    assert await room.rows() == []
+    (event,) = await room.service.events("mail.given_up")
+    assert event.detail["attempts"] == 2
 
 
 @pytest.mark.parametrize("outcome", ["delivered", "given up"])

@@ -62,6 +62,15 @@ async def test_people_change_what_they_are_called(anywhere: Service) -> None:
     assert {(row.actor, row.target) for row in rows} == {(str(mika.user.id),) * 2}
 
 
+async def test_what_stays_the_same_is_not_written_down_as_changed(anywhere: Service) -> None:
+    """The trail names the members that differ, and grows by nothing where none does."""
+    mika = await signed_in(anywhere, await anywhere.a_user("mika"))
+    for patch in ({"name": "Mika"}, {"name": "Mika"}, {"name": " Mika "}, {"username": "MIKA"}):
+        assert (await mika("PATCH", json=patch)).status_code == 200
+    assert (await mika("PATCH", json={"username": "mika", "name": "Other"})).status_code == 200
+    assert [row.detail["members"] for row in await anywhere.events("user.changed")] == [["name"]] * 2
+
+
 async def test_a_change_is_refused_when_somebody_else_came_first(anywhere: Service) -> None:
     """With If-Match, and only then (RFC 9110 §13.1.1)."""
     mika = await signed_in(anywhere, await anywhere.a_user("mika"))
@@ -290,13 +299,36 @@ async def test_who_holds_a_stolen_session_cannot_guess_on(anywhere: Service) -> 
 
 
 async def test_a_right_password_costs_no_try(anywhere: Service) -> None:
-    """However often it is changed."""
+    """However often it is said: afterwards there are as many wrong ones as before."""
     mika = await signed_in(anywhere, await anywhere.a_user("mika"))
     current = PASSWORD
-    for number in range(12):
+    for number in range(5):
         new = f"phrase of number {number}"
         assert (await change(mika, current_password=current, new_password=new, keep_current_session=True))[0] == 204
+        assert await ask_for(mika, f"new{number}@example.org", new) == 202
         current = new
+    statuses = [(await mika("DELETE", json={"password": "guess"})).status_code for _ in range(11)]
+    assert statuses == [403] * 10 + [429]
+
+
+@pytest.mark.case("ACC-28")
+async def test_a_password_is_changed_so_often_and_no_more(anywhere: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five times, then once in ten minutes; who is over it is refused before anything is hashed, and alone."""
+    app = await an_app(anywhere)
+    mika, ada = [await signed_in(anywhere, await anywhere.a_user(name), app) for name in ("mika", "ada")]
+    same: dict[str, Any] = {"new_password": PASSWORD, "keep_current_session": True}
+    for _ in range(3):
+        assert (await change(mika, **same, current_password="guess"))[0] == 403
+    assert [(await change(mika, **same))[0] for _ in range(5)] == [204] * 5
+    with monkeypatch.context() as patched:
+        verifications = watch_verifications(patched)
+        assert (await change(mika, **same))[0] == 429
+        assert (await change(mika, **same, current_password="guess"))[0] == 429
+        assert len(verifications) == 0
+    assert await mails(anywhere) == [("password_changed", "mika@example.org")] * 5
+    assert (await change(ada, **same))[0] == 204
+    anywhere.clock.advance(600)
+    assert [(await change(mika, **same))[0] for _ in range(2)] == [204, 429]
 
 
 async def test_of_two_new_passwords_at_once_one_is_stored(database_url: str) -> None:
@@ -428,11 +460,41 @@ async def test_a_new_address_needs_the_password(anywhere: Service) -> None:
     assert await mails(anywhere) == []
 
 
+@pytest.mark.case("ACC-28")
 async def test_asking_for_addresses_sends_no_flood(anywhere: Service) -> None:
-    """Three mails an hour to one address, as for everybody; the person hears of it."""
+    """Three mails an hour to one address, which nobody is told; one person asks five times, which they are told."""
     mika = await signed_in(anywhere, await anywhere.a_user("mika"))
-    assert [await ask_for(mika, "victim@example.org") for _ in range(4)] == [202] * 3 + [429]
-    assert [recipient for _, recipient in await mails(anywhere)].count("victim@example.org") <= 3
+    assert [await ask_for(mika, "victim@example.org") for _ in range(7)] == [202] * 5 + [429] * 2
+    assert await mails(anywhere) == [
+        ("change_email", "victim@example.org"),
+        *[("email_change_requested", "mika@example.org")] * 3,
+    ]
+    assert len(await anywhere.events("email_change.requested")) == 3
+    anywhere.clock.advance(1200)
+    again = await signed_in(anywhere, mika.user)
+    assert [await ask_for(again, "victim@example.org") for _ in range(2)] == [202, 429]
+    assert len(await anywhere.events("email_change.requested")) == 4
+
+
+async def test_nobody_is_refused_for_what_others_asked_about_an_address(anywhere: Service) -> None:
+    """Mallory asked for it first, and often; its owner hears what everybody hears, and their link stays good."""
+    app = await an_app(anywhere)
+    mika, mallory = [await signed_in(anywhere, await anywhere.a_user(name), app) for name in ("mika", "mallory")]
+    assert await ask_for(mika, "new@example.org") == 202
+    token = await link(anywhere, "new@example.org", "change_email")
+    assert [await ask_for(mallory, "new@example.org") for _ in range(3)] == [202] * 3
+    assert await ask_for(mika, "new@example.org") == 202
+    assert await ask_for(mika, "other@example.org", "not the password") == 403
+    assert await confirm(anywhere, token) == 204
+
+
+async def test_a_request_that_was_refused_costs_nothing(anywhere: Service) -> None:
+    """Neither a wrong password nor one's own address is counted among the addresses that were asked for."""
+    mika = await signed_in(anywhere, await anywhere.a_user("mika"))
+    for _ in range(6):
+        assert await ask_for(mika, "mika@example.org") == 422
+        assert await ask_for(mika, "new@example.org", "not the password") == 403
+    assert [await ask_for(mika, f"new{number}@example.org") for number in range(6)] == [202] * 5 + [429]
 
 
 # -- leaving ----------------------------------------------------------------------------------------------------------
@@ -539,6 +601,16 @@ async def test_people_get_everything_that_is_held_about_them(anywhere: Service) 
     assert "nonce" not in answer.text
     [event] = await anywhere.events("account.exported")
     assert event.actor == str(user.id)
+
+
+async def test_one_person_exports_so_often_and_no_more(anywhere: Service) -> None:
+    """Ten times, then once in six minutes: it reads more than all else that people ask; each is written down."""
+    mika, ada = [await signed_in(anywhere, await anywhere.a_user(name)) for name in ("mika", "ada")]
+    assert [(await mika("GET", "/export")).status_code for _ in range(12)] == [200] * 10 + [429] * 2
+    assert len(await anywhere.events("account.exported")) == 10
+    assert (await ada("GET", "/export")).status_code == 200
+    anywhere.clock.advance(360)
+    assert [(await mika("GET", "/export")).status_code for _ in range(2)] == [200, 429]
 
 
 async def test_an_export_does_not_tell_where_others_act_from(anywhere: Service) -> None:

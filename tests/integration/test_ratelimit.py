@@ -16,9 +16,9 @@ from identity_service.infra.ratelimit.shared import FallbackLimiter, RedisLimite
 from tests.support.clock import FrozenClock
 from tests.support.servers import LocalRedis, own_redis
 
-GUESS = Rule("guess", burst=4, interval=10, memory=600, credential=True)
-SINGLE = Rule("single", burst=1, interval=10, memory=600, credential=True)
-BROWSE = Rule("browse", burst=1, interval=60, memory=600, credential=False)
+GUESS = Rule("guess", burst=4, interval=10, memory=600)
+SINGLE = Rule("single", burst=1, interval=10, memory=600)
+BROWSE = Rule("browse", burst=1, interval=60, memory=600, kept_without_redis=False)
 
 guess, single, browse = (Spend(rule, "alice") for rule in (GUESS, SINGLE, BROWSE))
 
@@ -141,7 +141,7 @@ async def test_a_silent_redis_costs_many_calls_no_more_than_one(blackhole: str) 
     await limiter.close()
 
 
-async def test_without_redis_credential_limits_keep_half_their_burst(harness: Harness, server: LocalRedis) -> None:
+async def test_limits_that_are_kept_without_redis_keep_half_their_burst(harness: Harness, server: LocalRedis) -> None:
     server.stop()
     assert await spend_times(harness.limiter, 3, guess) == [Allowed()] * 2 + [Limited("guess", 10)]
     assert await spend_times(harness.limiter, 2, single) == [Allowed(), Limited("single", 10)]

@@ -83,7 +83,17 @@ async def test_a_session_is_ended_at_once(anywhere: Service) -> None:
     assert not await over(mika, app)
     assert (await mika("DELETE", f"/sessions/{lost_id}")).status_code == 404
     [event] = await anywhere.events("session.ended")
-    assert (event.actor, event.target) == (str(user.id), lost_id)
+    assert (event.actor, event.target, event.detail) == (str(user.id), str(user.id), {"session": lost_id})
+
+
+async def test_signing_out_everywhere_meets_a_deletion(service: Service) -> None:
+    """Whoever comes second finds nobody there, and no fault."""
+    mika = await signed_in(service, await service.a_user("mika"))
+    async with held(service) as deletion:
+        await service.services.users.delete(deletion.tx, mika.user.id)
+        ending = await blocked(service, mika("DELETE", "/sessions"))
+        await deletion.commit()
+        assert (await ending).status_code == 404
 
 
 async def test_nobody_ends_the_session_of_somebody_else(anywhere: Service) -> None:

@@ -7,10 +7,10 @@ from datetime import datetime, timedelta
 import pytest
 from sqlalchemy import func, select
 
-from identity_service.accounts.access import SUPER_ADMIN
-from identity_service.accounts.users import InvalidUser, NameTaken, State, User, check_email
+from identity_service.accounts.access import ADMINISTRATORS_LOCK, SUPER_ADMIN
+from identity_service.accounts.users import Found, InvalidUser, NameTaken, State, User, check_email
 from identity_service.infra.database import Transaction
-from identity_service.infra.tables import api_keys, refresh_families, users
+from identity_service.infra.tables import api_keys, outbox, refresh_families, users
 from tests.support.races import blocked, held
 from tests.support.service import PASSWORD, Service
 
@@ -242,7 +242,12 @@ async def test_only_enabled_super_admins_who_are_there_count(anywhere: Service) 
     async def last(user: User) -> bool:
         current = await stored(anywhere, user, deleted=True)
         assert current is not None
-        return await anywhere.within(lambda tx: people.is_last_super_admin(tx, current))
+
+        async def look(tx: Transaction) -> bool:
+            await tx.lock(ADMINISTRATORS_LOCK)
+            return await people.is_last_super_admin(tx, current)
+
+        return await anywhere.within(look)
 
     assert await left() == 4
     await anywhere.disable(bosses[0])
@@ -252,6 +257,13 @@ async def test_only_enabled_super_admins_who_are_there_count(anywhere: Service) 
     await anywhere.within(lambda tx: people.set_role(tx, bosses[2].id, "admin"))
     assert await left() == 1
     assert [await last(boss) for boss in bosses] == [False, False, False, True]
+
+
+async def test_nobody_asks_who_is_the_last_without_the_lock(anywhere: Service) -> None:
+    """Two who ask at once would each hear that there is another."""
+    boss = await anywhere.a_user(role=SUPER_ADMIN)
+    with pytest.raises(RuntimeError, match="administrators"):
+        await anywhere.within(lambda tx: anywhere.services.users.is_last_super_admin(tx, boss))
 
 
 # -- leaving ----------------------------------------------------------------------------------------------------------
@@ -274,7 +286,7 @@ async def test_a_deleted_user_is_found_by_nothing_but_their_id(anywhere: Service
     assert shown is not None
     assert (shown.username, shown.email, shown.enabled) == ("marie", "Marie@example.org", False)
     assert await anywhere.within(lambda tx: people.locked(tx, user.id, deleted=True)) == shown
-    assert await anywhere.within(lambda tx: people.all(tx, limit=9)) == []
+    assert await anywhere.within(lambda tx: people.search(tx, limit=9)) == Found([], None)
 
 
 def test_nobody_can_take_the_names_that_a_deletion_needs() -> None:
@@ -431,6 +443,34 @@ async def test_what_is_erased_is_gone_at_once(anywhere: Service) -> None:
         assert not await anywhere.within(lambda tx, user=user: people.erase(tx, user.id))
     assert await anywhere.execute(select(users)) == []
     assert await anywhere.family_rows() == []
+
+
+async def test_an_erasure_takes_the_mails_that_wait(anywhere: Service) -> None:
+    """Deleted before or not; not the notice of it, and not those to who has the address now."""
+    people, mail = anywhere.services.users, anywhere.services.outbox
+
+    async def order(template: str, user: User) -> None:
+        await anywhere.within(lambda tx: mail.enqueue(tx, template=template, recipient=user.email, context={}))
+
+    async def waiting() -> list[tuple[str, str]]:
+        return sorted((row.recipient, row.template) for row in await anywhere.execute(select(outbox)))
+
+    one, other, stays = [await anywhere.a_user(name) for name in ("one", "other", "stays")]
+    for user in (one, other, stays):
+        await order("password_changed", user)
+        await order("account_deleted", user)
+    await delete(anywhere, other)
+    anywhere.clock.advance(60)  # type: ignore[attr-defined]
+    await order("email_changed", await anywhere.a_user("next", email=other.email))
+    for user in (one, other):
+        assert await anywhere.within(lambda tx, user=user: people.erase(tx, user.id))
+    assert await waiting() == [
+        (one.email, "account_deleted"),
+        (other.email, "account_deleted"),
+        (other.email, "email_changed"),
+        (stays.email, "account_deleted"),
+        (stays.email, "password_changed"),
+    ]
 
 
 async def test_a_sign_in_under_way_does_not_survive_a_deletion(service: Service) -> None:

@@ -7,7 +7,8 @@ import pytest
 from fastapi import FastAPI
 
 from identity_service.cli import app
-from identity_service.infra.ratelimit.catalogue import catalogue
+from identity_service.infra.ratelimit import Rule, catalogue
+from identity_service.infra.ratelimit.catalogue import api_key_rule, caller_rule, client_rule, network_rule
 from identity_service.main import create_app
 from identity_service.settings import Settings
 from identity_service.web.documented import routes_of, rule_of
@@ -89,7 +90,10 @@ def test_the_api_page_lists_every_limit_with_its_numbers() -> None:
         for name, burst, rest in re.findall(r"^\| `([a-z_.]+)` \| [^|]+ \| (\d+) \| ([^|]+) \|", _API, re.M)
     }
     defaults = Settings.model_fields
-    rules = catalogue(client_rate=defaults["client_rate"].default, api_key_rate=defaults["api_key_rate"].default)
+    general = [rule(defaults["client_rate"].default) for rule in (client_rule, caller_rule, network_rule)]
+    configured = (*general, api_key_rule(defaults["api_key_rate"].default))
+    constants = [rule for rule in vars(catalogue).values() if isinstance(rule, Rule)]
+    rules = {rule.name: rule for rule in (*constants, *configured)}
     assert {name: burst for name, (burst, _) in listed.items()} == {name: rule.burst for name, rule in rules.items()}
     for name, rule in rules.items():
         first = rule.interval if rule.growth == 1 else rule.interval * rule.growth

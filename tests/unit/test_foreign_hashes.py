@@ -396,6 +396,9 @@ DAMAGED = [
     *("$pbkdf2-sha256$10$c2FsdHNhbHQ$" + "A" * 86, "$pbkdf2-md5$10$c2FsdHNhbHQ$" + "A" * 22, "$pbkdf2-sha256$10$$"),
     *("$pbkdf2-sha256$i=10,l=31$c2FsdHNhbHQ$" + DIGEST_64, "$pbkdf2-sha256$l=32,i=10$c2FsdHNhbHQ$" + DIGEST_64),
     *("$pbkdf2-sha256$i=10$c2FsdHNhbHQ$" + "A" * 14, "$pbkdf2-sha256$i=10$A$" + DIGEST_64, "$pbkdf2-sha256$i=10$!$!"),
+    # Bits that the last letter has to spare: the library would refuse every password.
+    "$argon2id$v=19$m=8,t=1,p=1$c2FsdHNhbHR" + "$" + "AAAAAAAAAAAAAAAAAAAAAA",
+    "$argon2id$v=19$m=8,t=1,p=1$c2FsdHNhbHQ" + "$" + "AAAAAAAAAAAAAAAAAAAAAB",
     *("$argon2id$v=19$m=x,t=2,p=1$c2FsdHNhbHQ$" + DIGEST_64, "$argon2id$v=20$m=8,t=2,p=1$c2FsdHNhbHQ$" + DIGEST_64),
     *("$argon2id$v=19$t=2,m=8,p=1$c2FsdHNhbHQ$" + DIGEST_64, "$argon2x$v=19$m=8,t=2,p=1$c2FsdHNhbHQ$" + DIGEST_64),
     *(

@@ -9,7 +9,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from identity_service.verifier import TokenVerifier, jwks
-from identity_service.verifier.jwks import BadKeySet, JwksSource, check_url, lifetimes, read_key_set
+from identity_service.verifier.fetching import check_url
+from identity_service.verifier.jwks import BadKeySet, JwksSource, lifetimes, read_key_set
 from tests.support.issuer import AUDIENCE, key_set, private_key, public_jwk
 from tests.support.tokens import OMIT, b64
 

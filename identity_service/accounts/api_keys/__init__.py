@@ -16,11 +16,10 @@ from identity_service.accounts.api_keys.key import (
     PresentedKey,
     TooManyKeys,
 )
-from identity_service.accounts.api_keys.keys import MOST_KEYS, ApiKeys
+from identity_service.accounts.api_keys.keys import ApiKeys
 from identity_service.accounts.api_keys.networks import MOST_NETWORKS
 
 __all__ = [
-    "MOST_KEYS",
     "MOST_NETWORKS",
     "ApiKey",
     "ApiKeys",

@@ -38,18 +38,16 @@ class LiveKey:
     """A key that was presented and is good, with its owner as they are now."""
 
     id: str
-    name: str
     user_id: uuid.UUID | None
     client_id: str | None
     scope: frozenset[str]
     expires_at: datetime | None
     last_used_at: datetime | None
-    networks: Networks
     role: str | None = None
     """The owner's role, if the owner is a person."""
     owner_scope: ScopeList = ()
     """What the owner may do at most, if the owner is a client."""
-    owner_epoch: int | None = None
+    owner_epoch: int = 0
     """The owner's epoch, if the owner is a client."""
 
 

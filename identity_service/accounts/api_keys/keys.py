@@ -4,26 +4,9 @@ import hmac
 import uuid
 from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
-from sqlalchemy import (
-    BigInteger,
-    Boolean,
-    ColumnElement,
-    LargeBinary,
-    Row,
-    String,
-    Uuid,
-    and_,
-    bindparam,
-    delete,
-    func,
-    insert,
-    or_,
-    select,
-    text,
-    update,
-)
+from sqlalchemy import ColumnElement, Row, and_, delete, func, insert, or_, select, update
 
 from identity_service.accounts.api_keys import spelling
 from identity_service.accounts.api_keys.key import (
@@ -37,93 +20,17 @@ from identity_service.accounts.api_keys.key import (
     TooManyKeys,
 )
 from identity_service.accounts.api_keys.networks import is_within, parse_networks
+from identity_service.accounts.api_keys.statements import ALIVE, HELD, Held
 from identity_service.infra.data_keys import DataKeys
 from identity_service.infra.database import Transaction
 from identity_service.infra.runtime import Clock, Secret
-from identity_service.infra.tables import UtcDateTime, api_keys, clients, users
+from identity_service.infra.tables import api_keys, clients, users
 
-MOST_KEYS = 20
-"""Live keys of one owner."""
-_MOST_DEAD_KEYS = 4 * MOST_KEYS
+_MOST_KEYS = 20  # live ones of one owner
+_MOST_DEAD_KEYS = 4 * _MOST_KEYS
 _KEPT = timedelta(days=90)
 _USE_NOTED_EVERY = timedelta(minutes=1)
 _NOT_FOR_KEYS = frozenset(("openid", "offline_access"))  # they are about a person who signs in
-
-
-class _Held(NamedTuple):
-    """What the one query of a check returns, in its order."""
-
-    user_id: uuid.UUID | None
-    client_id: str | None
-    name: str
-    scope: str
-    networks: list[str]
-    digest: bytes
-    mac_kid: str
-    previous_digest: bytes | None
-    previous_mac_kid: str
-    previous_expires_at: datetime
-    expires_at: datetime | None
-    last_used_at: datetime | None
-    revoked_at: datetime | None
-    role: str | None
-    owner_scope: str | None
-    owner_epoch: int | None
-    owner_enabled: bool
-
-
-# The owner is part of the one query, so a key ends with its owner and nothing has to be remembered.
-_HELD = (
-    text(
-        """
-        SELECT k.user_id, k.client_id, k.name, k.scope, k.networks, k.digest, k.mac_kid,
-               k.previous_digest, k.previous_mac_kid, k.previous_expires_at, k.expires_at, k.last_used_at,
-               k.revoked_at, u.role, c.scope AS owner_scope, c.epoch AS owner_epoch,
-               CASE WHEN k.user_id IS NULL THEN c.enabled ELSE u.enabled AND u.deleted_at IS NULL END AS owner_enabled
-        FROM api_keys k LEFT JOIN users u ON u.id = k.user_id LEFT JOIN clients c ON c.id = k.client_id
-        WHERE k.id = :id
-        """
-    )
-    .bindparams(bindparam("id", type_=String()))
-    .columns(
-        user_id=Uuid(),
-        client_id=String(),
-        name=String(),
-        scope=String(),
-        networks=api_keys.c.networks.type,
-        digest=LargeBinary(),
-        mac_kid=String(),
-        previous_digest=LargeBinary(),
-        previous_mac_kid=String(),
-        previous_expires_at=UtcDateTime(),
-        expires_at=UtcDateTime(),
-        last_used_at=UtcDateTime(),
-        revoked_at=UtcDateTime(),
-        role=String(),
-        owner_scope=String(),
-        owner_epoch=BigInteger(),
-        owner_enabled=Boolean(),
-    )
-)
-
-_ALIVE = (
-    text(
-        """
-        SELECT k.id
-        FROM api_keys k LEFT JOIN users u ON u.id = k.user_id LEFT JOIN clients c ON c.id = k.client_id
-        WHERE k.id = :id AND k.revoked_at IS NULL AND (k.expires_at IS NULL OR k.expires_at > :now)
-          AND ((k.user_id = :user AND u.enabled AND u.deleted_at IS NULL) OR (k.client_id = :client AND c.enabled))
-        """
-    )
-    .bindparams(
-        bindparam("id", type_=String()),
-        bindparam("now", type_=UtcDateTime()),
-        bindparam("user", type_=Uuid()),
-        bindparam("client", type_=String()),
-    )
-    .columns(id=String())
-)
-
 _SHOWN = tuple(api_keys.c[name] for name in ApiKey.__slots__)
 
 
@@ -149,19 +56,21 @@ class ApiKeys:
 
         One query. The secret is compared first: who has not got it learns nothing about the key.
         """
-        row = await tx.fetch_hot(_HELD, {"id": presented.key_id})
+        row = await tx.fetch_hot(HELD, {"id": presented.key_id})
         if row is None:
             return KeyRefused("unknown")
-        held, now, outdated = _Held(*row), self._clock.now(), False
+        held, now, replaced = Held(*row), self._clock.now(), False
         if not hmac.compare_digest(self._digest(presented.text, held.mac_kid), held.digest):
             if held.previous_digest is None or not hmac.compare_digest(
                 self._digest(presented.text, held.previous_mac_kid), held.previous_digest
             ):
                 return KeyRefused("wrong_secret")
-            outdated = held.previous_expires_at <= now
+            replaced = True
         if held.revoked_at is not None:
             return KeyRefused("revoked")
-        if outdated or (held.expires_at is not None and held.expires_at <= now):
+        # What a secret is exchanged for must not outlive it, so a replaced one ends what it is shown for sooner.
+        ends = [end for end in (held.expires_at, held.previous_expires_at if replaced else None) if end is not None]
+        if any(end <= now for end in ends):
             return KeyRefused("expired")
         if not held.owner_enabled:
             return KeyRefused("owner_disabled")
@@ -169,13 +78,11 @@ class ApiKeys:
             return KeyRefused("network")
         return LiveKey(
             id=presented.key_id,
-            name=held.name,
             user_id=held.user_id,
             client_id=held.client_id,
             scope=frozenset(held.scope.split()),
-            expires_at=held.expires_at,
+            expires_at=min(ends, default=None),
             last_used_at=held.last_used_at,
-            networks=tuple(held.networks),
             role=held.role,
             owner_scope=tuple((held.owner_scope or "").split()),
             owner_epoch=held.owner_epoch,
@@ -198,11 +105,17 @@ class ApiKeys:
         )
         await tx.execute(update(api_keys).where(c.id == due.scalar_subquery()).values(last_used_at=now))
 
-    async def alive(self, tx: Transaction, key_id: str, owner: Owner) -> bool:
-        """Return whether a key of `owner` is still good, and with it the tokens it was exchanged for."""
+    async def alive(self, tx: Transaction, key_id: str, owner: Owner, epoch: int | None) -> bool:
+        """
+        Return whether a key of `owner` is still good, and with it the tokens it was exchanged for at their `epoch`.
+
+        The owner's epoch moves on when they are disabled or sign out everywhere: the key comes back, old tokens do not.
+        """
+        if epoch is None:
+            return False
         user, client = (owner, None) if isinstance(owner, uuid.UUID) else (None, owner)
-        wanted = {"id": key_id, "now": self._clock.now(), "user": user, "client": client}
-        return await tx.fetch_hot(_ALIVE, wanted) is not None
+        wanted = {"id": key_id, "now": self._clock.now(), "user": user, "client": client, "epoch": epoch}
+        return await tx.fetch_hot(ALIVE, wanted) is not None
 
     # -- managing keys ------------------------------------------------------------------------------------------------
 
@@ -317,7 +230,8 @@ class ApiKeys:
         """
         Return at most `batch` people's keys that end `within` a time; each is returned once, and never again.
 
-        Keys of services are not among them: nobody reads a service's mail.
+        Keys of services are not among them: nobody reads a service's mail. Nor are those of people whose address is
+        unproven: it may be a stranger's, and what a key is called is its owner's choice.
         """
         c, now = api_keys.c, self._clock.now()
         untold = and_(c.revoked_at.is_(None), c.expiry_warned_at.is_(None), c.expires_at > now)
@@ -325,6 +239,7 @@ class ApiKeys:
             select(c.id)
             .join(users, users.c.id == c.user_id)
             .where(untold, c.expires_at <= now + within, users.c.enabled, users.c.deleted_at.is_(None))
+            .where(users.c.email_verified_at.is_not(None))
             .order_by(c.expires_at)
             .limit(batch)
         )
@@ -339,7 +254,12 @@ class ApiKeys:
     async def clean_up(self, tx: Transaction, *, batch: int) -> int:
         """Delete at most `batch` keys that were revoked or expired 90 days ago; return how many."""
         c, long_ago = api_keys.c, self._clock.now() - _KEPT
-        doomed = select(c.id).where(or_(c.revoked_at <= long_ago, c.expires_at <= long_ago)).limit(batch)
+        doomed = (
+            select(c.id)
+            .where(or_(c.revoked_at <= long_ago, c.expires_at <= long_ago))
+            .order_by(func.coalesce(c.revoked_at, c.expires_at))
+            .limit(batch)
+        )
         return (await tx.execute(delete(api_keys).where(c.id.in_(doomed.scalar_subquery())))).rowcount
 
     # -- the inside ---------------------------------------------------------------------------------------------------
@@ -379,7 +299,7 @@ class ApiKeys:
         c = api_keys.c
         live = and_(c.revoked_at.is_(None), or_(c.expires_at.is_(None), c.expires_at > now))
         counted = await tx.execute(select(func.count()).select_from(api_keys).where(_of(owner), live))
-        if counted.scalar_one() >= MOST_KEYS:
+        if counted.scalar_one() >= _MOST_KEYS:
             raise TooManyKeys
         dead = select(c.id).where(_of(owner), or_(c.revoked_at.is_not(None), c.expires_at <= now))
         surplus = dead.order_by(c.created_at.desc(), c.id).offset(_MOST_DEAD_KEYS)

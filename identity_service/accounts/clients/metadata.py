@@ -20,14 +20,16 @@ GRANT_TYPES = (
 )
 NO_AUTHENTICATION = "none"
 AUTH_METHODS = ("client_secret_basic", "client_secret_post", NO_AUTHENTICATION)
-SHORTEST_ACCESS_TOKEN, LONGEST_ACCESS_TOKEN = 60, 3600  # seconds; signing keys stay published for the longest
-LONGEST_RETRY_WINDOW = 60  # seconds
+_SHORTEST_TOKEN = 60  # seconds
+_LONGEST_ACCESS_TOKEN = 3600  # seconds; signing keys stay published for so long
 _LONGEST_REFRESH = 366 * 86400  # seconds
+_LONGEST_RETRY_WINDOW = 60  # seconds
+_MOST_SCOPES, _LONGEST_NAME = 100, 200
 _LOOPBACK_HOSTS = ("127.0.0.1", "::1")
 
 
 class InvalidClientMetadata(ValueError):
-    """A client was to be registered with something it cannot have; the message says what and why."""
+    """A client was to be registered with something it cannot have; the message is `member: why`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,26 +102,35 @@ class NewClient:
     def check(self) -> None:
         """Raise InvalidClientMetadata for the first thing that is wrong."""
         public = self.token_endpoint_auth_method == NO_AUTHENTICATION
-        demand(0 < len(self.name) <= 200 and self.name.isprintable(), "name: 1 to 200 printable characters")
+        demand(
+            0 < len(self.name) <= _LONGEST_NAME and self.name.isprintable(),
+            f"name: 1 to {_LONGEST_NAME} printable characters",
+        )
         demand(
             self.token_endpoint_auth_method in AUTH_METHODS,
             f"token_endpoint_auth_method: one of {', '.join(AUTH_METHODS)}",
         )
         for grant in self.grant_types:
             demand(grant in GRANT_TYPES, f"grant_types: {', '.join(GRANT_TYPES)}")
-        demand("password" not in self.grant_types or self.first_party, "the password grant is for first-party clients")
+        demand(
+            "password" not in self.grant_types or self.first_party,
+            "grant_types: the password grant is for first-party clients",
+        )
         demand(
             not public or "client_credentials" not in self.grant_types,
-            "client_credentials needs a client that can authenticate (RFC 6749 section 4.4)",
+            "grant_types: client_credentials needs a client that can authenticate (RFC 6749 section 4.4)",
         )
         demand(
             not public or not self.introspect,
-            "introspection needs a client that can authenticate (RFC 7662 section 2.1)",
+            "introspect: introspection needs a client that can authenticate (RFC 7662 section 2.1)",
         )
-        demand(self.require_pkce or not public, "a public client cannot do without PKCE (RFC 9700 section 2.1.1)")
         demand(
-            all(parse_scope(scope) == (scope,) for scope in self.scope) and len(set(self.scope)) <= 100,
-            "scope: at most 100 words of RFC 6749 section 3.3",
+            self.require_pkce or not public,
+            "require_pkce: a public client cannot do without PKCE (RFC 9700 section 2.1.1)",
+        )
+        demand(
+            all(parse_scope(scope) == (scope,) for scope in self.scope) and len(set(self.scope)) <= _MOST_SCOPES,
+            f"scope: at most {_MOST_SCOPES} words of RFC 6749 section 3.3",
         )
         for uri in self.redirect_uris:
             demand(_is_redirect_uri(uri), "redirect_uris: https, a loopback address, or a private scheme; no fragment")
@@ -133,13 +144,20 @@ class NewClient:
         )
         for origin in self.cors_origins:
             demand(_is_origin(origin), "cors_origins: scheme://host[:port], never *")
-        demand(0 <= self.refresh_retry_window <= LONGEST_RETRY_WINDOW, "refresh_retry_window: 0 to 60 seconds")
         demand(
-            self.access_token_ttl is None or SHORTEST_ACCESS_TOKEN <= self.access_token_ttl <= LONGEST_ACCESS_TOKEN,
-            "access_token_ttl: 60 to 3600 seconds",
+            0 <= self.refresh_retry_window <= _LONGEST_RETRY_WINDOW,
+            f"refresh_retry_window: 0 to {_LONGEST_RETRY_WINDOW} seconds",
         )
-        for ttl in (self.refresh_idle_ttl, self.refresh_absolute_ttl):
-            demand(ttl is None or 60 <= ttl <= _LONGEST_REFRESH, "refresh lifetimes: 60 seconds to 366 days")
+        demand(
+            self.access_token_ttl is None or _SHORTEST_TOKEN <= self.access_token_ttl <= _LONGEST_ACCESS_TOKEN,
+            f"access_token_ttl: {_SHORTEST_TOKEN} to {_LONGEST_ACCESS_TOKEN} seconds",
+        )
+        for name in ("refresh_idle_ttl", "refresh_absolute_ttl"):
+            ttl = getattr(self, name)
+            demand(
+                ttl is None or _SHORTEST_TOKEN <= ttl <= _LONGEST_REFRESH,
+                f"{name}: {_SHORTEST_TOKEN} to {_LONGEST_REFRESH} seconds",
+            )
 
 
 def demand(condition: bool, message: str) -> None:

@@ -5,7 +5,7 @@ import hmac
 import re
 import secrets
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from datetime import timedelta
 from typing import Any, final
@@ -26,7 +26,7 @@ from identity_service.infra.runtime.cache import RowCache
 from identity_service.infra.runtime.ids import encode_token
 from identity_service.infra.tables import client_secrets, clients
 
-MOST_SECRETS = 2
+_MOST_SECRETS = 2
 _SECRET_BYTES = 32
 _CLIENT_ID = re.compile(r"cl_[0-9A-Za-z]{22}")
 
@@ -114,7 +114,7 @@ class Clients:
         # One rotation at a time, or two at once would leave three secrets.
         await tx.execute(select(clients.c.id).where(clients.c.id == client_id).with_for_update())
         client = await self._known(tx, client_id)
-        demand(not client.public, "a public client has no secret")
+        demand(not client.public, "token_endpoint_auth_method: a public client has no secret")
         now = self._clock.now()
         live = select(client_secrets.c.id).where(client_secrets.c.client_id == client_id)
         newest_first = (
@@ -122,7 +122,7 @@ class Clients:
             .scalars()
             .all()
         )
-        await tx.execute(delete(client_secrets).where(client_secrets.c.id.in_(newest_first[MOST_SECRETS - 1 :])))
+        await tx.execute(delete(client_secrets).where(client_secrets.c.id.in_(newest_first[_MOST_SECRETS - 1 :])))
         # Never later than it would have ended anyway: what was ended must not come back.
         ends = client_secrets.c.expires_at
         await tx.execute(
@@ -201,15 +201,6 @@ class Clients:
         gone = await tx.execute(delete(clients).where(clients.c.id == client_id).returning(clients.c.id))
         self._cache.forget(client_id)
         return gone.first() is not None
-
-    async def set_audiences(self, tx: Transaction, client_id: str, audiences: Sequence[str]) -> None:
-        """Replace what tokens the client may ask for; running families keep what they were granted."""
-        await tx.execute(
-            update(clients)
-            .where(clients.c.id == client_id)
-            .values(audiences=list(audiences), updated_at=self._clock.now())
-        )
-        self._cache.forget(client_id)
 
     async def all(self, tx: Transaction) -> list[Client]:
         """Return every client, oldest first."""

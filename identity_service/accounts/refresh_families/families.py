@@ -7,24 +7,12 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, final
 
-from sqlalchemy import (
-    BigInteger,
-    LargeBinary,
-    Row,
-    Select,
-    String,
-    Uuid,
-    bindparam,
-    delete,
-    insert,
-    select,
-    text,
-    update,
-)
+from sqlalchemy import Row, Select, delete, insert, select, update
 
 from identity_service.accounts.access import ScopeList
 from identity_service.accounts.clients import Client
 from identity_service.accounts.refresh_families.sessions import Session, Sessions, origin_values
+from identity_service.accounts.refresh_families.statements import LIVE, ROTATE
 from identity_service.accounts.refresh_families.token import NONCE_BYTES, RefreshTokens
 from identity_service.accounts.refresh_families.verdict import FamilyState, GenuineToken, Verdict, judge
 from identity_service.accounts.users import SignInFacts
@@ -32,7 +20,7 @@ from identity_service.infra.audit import Origin
 from identity_service.infra.data_keys import DataKeys
 from identity_service.infra.database import Transaction, TransactionConflict
 from identity_service.infra.runtime import Clock, Secret, new_id
-from identity_service.infra.tables import UtcDateTime, clients, refresh_families, users
+from identity_service.infra.tables import clients, refresh_families, users
 
 MOST_FAMILIES = 50
 _KEPT_FAMILIES = 2 * MOST_FAMILIES
@@ -84,67 +72,6 @@ class Rejected:
     family_id: uuid.UUID | None = None
     user_id: uuid.UUID | None = None
     ended: bool = False
-
-
-# The one statement of the hot path. The client, the epochs and the lifetimes are part of the condition, so nothing is
-# read first and written later. The table has no alias: SQLite refuses one in RETURNING.
-_ROTATE = (
-    text(
-        """
-        UPDATE refresh_families
-        SET generation = generation + 1, parent_nonce = nonce, nonce = :new_nonce, mac_kid = :kid,
-            retry_digest = :digest, rotated_at = :now,
-            idle_expires_at = CASE WHEN :idle_end < absolute_expires_at THEN :idle_end ELSE absolute_expires_at END
-        WHERE id = :id AND client_id = :client AND generation = :generation AND nonce = :nonce
-          AND revoked_at IS NULL AND idle_expires_at > :now AND absolute_expires_at > :now
-          AND (retry_digest = :digest) IS NOT TRUE
-          AND user_epoch = (SELECT u.epoch FROM users u WHERE u.id = refresh_families.user_id AND u.enabled)
-          AND client_epoch = (SELECT c.epoch FROM clients c WHERE c.id = refresh_families.client_id AND c.enabled)
-        RETURNING generation, user_id, scope, audiences, auth_time, amr,
-                  (SELECT u.role FROM users u WHERE u.id = refresh_families.user_id) AS role
-        """
-    )
-    .bindparams(
-        bindparam("new_nonce", type_=LargeBinary()),
-        bindparam("kid", type_=String()),
-        bindparam("digest", type_=LargeBinary()),
-        bindparam("now", type_=UtcDateTime()),
-        bindparam("idle_end", type_=UtcDateTime()),
-        bindparam("id", type_=Uuid()),
-        bindparam("client", type_=String()),
-        bindparam("generation", type_=BigInteger()),
-        bindparam("nonce", type_=LargeBinary()),
-    )
-    .columns(
-        generation=BigInteger(),
-        user_id=Uuid(),
-        scope=String(),
-        audiences=refresh_families.c.audiences.type,
-        auth_time=UtcDateTime(),
-        amr=String(),
-        role=String(),
-    )
-)
-
-_LIVE = (
-    text(
-        """
-        SELECT f.id
-        FROM refresh_families f
-        JOIN users u ON u.id = f.user_id AND u.enabled AND u.epoch = f.user_epoch
-        JOIN clients c ON c.id = f.client_id AND c.enabled AND c.epoch = f.client_epoch
-        WHERE f.id = :id AND f.user_id = :user AND f.client_id = COALESCE(:client, f.client_id)
-          AND f.revoked_at IS NULL AND f.absolute_expires_at > :now
-        """
-    )
-    .bindparams(
-        bindparam("id", type_=Uuid()),
-        bindparam("user", type_=Uuid()),
-        bindparam("client", type_=String()),
-        bindparam("now", type_=UtcDateTime()),
-    )
-    .columns(id=Uuid())
-)
 
 
 @final
@@ -239,7 +166,7 @@ class RefreshFamilies:
         digest = self._tokens.retry_digest(genuine.family_id, retry_key)
         nonce, kid = os.urandom(NONCE_BYTES), self._tokens.newest_kid
         row = await tx.fetch_hot(
-            _ROTATE,
+            ROTATE,
             {
                 "new_nonce": nonce,
                 "kid": kid,
@@ -313,7 +240,7 @@ class RefreshFamilies:
         `client_id` is whom the token was issued to; None for one that another client got by exchange (RFC 8693).
         """
         now = self._clock.now()
-        row = await tx.fetch_hot(_LIVE, {"id": family_id, "user": user_id, "client": client_id, "now": now})
+        row = await tx.fetch_hot(LIVE, {"id": family_id, "user": user_id, "client": client_id, "now": now})
         return row is not None
 
     async def sessions(self, tx: Transaction, user_id: uuid.UUID, current: uuid.UUID | None = None) -> list[Session]:

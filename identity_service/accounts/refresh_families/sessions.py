@@ -10,9 +10,8 @@ from sqlalchemy import ColumnElement, and_, func, select, update
 from identity_service.infra.audit import Origin
 from identity_service.infra.database import Transaction
 from identity_service.infra.runtime import Clock
-from identity_service.infra.tables import clients, refresh_families, users
+from identity_service.infra.tables import LONGEST_USER_AGENT, clients, refresh_families, users
 
-_LONGEST_USER_AGENT = 256
 _LONGEST_NETWORK = 64
 
 
@@ -40,7 +39,7 @@ def origin_values(origin: Origin | None) -> dict[str, str | None]:
     """Return what a family keeps of where its sign-in came from, so that its owner can recognise it."""
     if origin is None:
         return {"user_agent": None, "network": None}
-    agent = origin.user_agent.replace("\0", "")[:_LONGEST_USER_AGENT]
+    agent = origin.user_agent.replace("\0", "")[:LONGEST_USER_AGENT]
     return {"user_agent": agent or None, "network": origin.network[:_LONGEST_NETWORK]}
 
 

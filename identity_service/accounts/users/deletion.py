@@ -10,13 +10,13 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import delete, null, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
 from identity_service.accounts.access import SEEDED_ROLES
 from identity_service.accounts.users.names import DOMAIN_OF_THE_DELETED, NAME_OF_THE_DELETED, NameTaken, check_email
 from identity_service.accounts.users.user import COLUMNS, WAS_SOMEBODY, User, as_user
 from identity_service.infra.database import Transaction
+from identity_service.infra.outbox import forget_recipients
 from identity_service.infra.runtime import new_id
 from identity_service.infra.runtime.hashing import NFKC_FORM
 from identity_service.infra.tables import users
@@ -85,7 +85,7 @@ async def restore_user(tx: Transaction, user_id: uuid.UUID, now: datetime) -> Us
                 email_canonical=check_email(before["email"]),
                 deleted_as=null(),
                 deleted_at=None,
-                enabled=before.get("enabled", True),  # rows of the first version do not say
+                enabled=before["enabled"],
                 updated_at=now,
             )
             .returning(*COLUMNS)
@@ -103,8 +103,7 @@ async def hold_name(tx: Transaction, username: str, now: datetime) -> None:
     """
     user_id = new_id()
     address = f"{NAME_OF_THE_DELETED}{user_id.hex}@{DOMAIN_OF_THE_DELETED}"
-    dialect: Any = sqlite if tx.on_sqlite else postgresql
-    row = dialect.insert(users).values(
+    row = tx.insert(users).values(
         id=user_id,
         username=username,
         email=address,
@@ -125,11 +124,23 @@ async def purge_users(tx: Transaction, *, before: datetime, batch: int) -> list[
     c = users.c
     doomed = select(c.id).where(c.deleted_at < before).order_by(c.deleted_at).limit(batch)
     # Asked again on the row itself: who was restored while this statement waited for the row stays.
-    statement = delete(users).where(c.id.in_(doomed.scalar_subquery()), c.deleted_at < before).returning(c.id)
-    return list((await tx.execute(statement)).scalars())
+    statement = delete(users).where(c.id.in_(doomed.scalar_subquery()), c.deleted_at < before)
+    gone = (await tx.execute(statement.returning(c.id, c.deleted_as))).all()
+    await _forget_mails(tx, [row.deleted_as["email"] for row in gone if row.deleted_as is not None], before)
+    return [row.id for row in gone]
 
 
 async def erase_user(tx: Transaction, user_id: uuid.UUID) -> bool:
     """Remove a user and all that is theirs at once, deleted before or not; return False if there is none."""
-    removed = await tx.execute(delete(users).where(users.c.id == user_id).returning(users.c.id))
-    return removed.first() is not None
+    c = users.c
+    statement = delete(users).where(c.id == user_id).returning(c.email, c.deleted_as, c.deleted_at)
+    row = (await tx.execute(statement)).first()
+    if row is None:
+        return False
+    await _forget_mails(tx, [row.deleted_as["email"] if row.deleted_as is not None else row.email], row.deleted_at)
+    return True
+
+
+async def _forget_mails(tx: Transaction, addresses: list[str], until: datetime | None) -> None:
+    """Forget what waits to be mailed to people who are gone; that they are is still told to them."""
+    await forget_recipients(tx, addresses, kept="account_deleted", ordered_until=until)

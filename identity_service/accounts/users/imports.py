@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, final
+from typing import final
 
 from sqlalchemy import or_, select
-from sqlalchemy.dialects import postgresql, sqlite
 
 from identity_service.infra.database import Transaction
 from identity_service.infra.runtime import Clock, new_id
@@ -82,7 +81,7 @@ class UserImports:
         ]
         if not rows:
             return []
-        statement = _dialect(tx).insert(users).on_conflict_do_nothing().returning(users.c.id)
+        statement = tx.insert(users).on_conflict_do_nothing().returning(users.c.id)
         stored = set((await tx.execute(statement, rows)).scalars())
         left = {user_id: user for user_id, user in zip(ids, batch, strict=True) if user_id not in stored}
         reasons = dict(zip(left, await self.compare(tx, list(left.values())), strict=True))
@@ -146,8 +145,3 @@ class UserImports:
             )
             for row in await tx.execute(statement)
         ]
-
-
-def _dialect(tx: Transaction) -> Any:
-    """Return where this database's INSERT is, which can leave out rows whose names are taken."""
-    return sqlite if tx.on_sqlite else postgresql

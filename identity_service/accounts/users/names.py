@@ -55,6 +55,11 @@ def canonical_email(typed: str) -> str | None:
     return None if folded.endswith("@" + DOMAIN_OF_THE_DELETED) else folded
 
 
+def canonical_name(typed: str) -> str:
+    """Return the one spelling of an address or a username; what can be neither stays as it was typed."""
+    return canonical_email(typed) or canonical_username(typed) or typed
+
+
 def check_username(typed: str) -> str:
     """Return the canonical username; raises InvalidUser."""
     if (name := canonical_username(typed)) is None:

@@ -7,10 +7,9 @@ from types import EllipsisType
 from typing import Any, final
 
 from sqlalchemy import ColumnElement, Row, func, literal, or_, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
-from identity_service.accounts.access import SUPER_ADMIN
+from identity_service.accounts.access import ADMINISTRATORS_LOCK, SUPER_ADMIN
 from identity_service.accounts.password_policy import PasswordPolicy
 from identity_service.accounts.users.counts import Counts, count_users
 from identity_service.accounts.users.deletion import (
@@ -95,11 +94,6 @@ class Users:
         facts = await self.facts(tx, name)
         return await self.get(tx, facts.user_id) if facts else None
 
-    async def all(self, tx: Transaction, *, limit: int) -> list[User]:
-        """Return the newest users, newest first."""
-        statement = select(*COLUMNS).where(users.c.deleted_at.is_(None)).order_by(users.c.id.desc()).limit(limit)
-        return [as_user(row) for row in await tx.execute(statement)]
-
     async def search(
         self,
         tx: Transaction,
@@ -132,7 +126,12 @@ class Users:
         return count
 
     async def is_last_super_admin(self, tx: Transaction, user: User) -> bool:
-        """Return whether nobody could do everything any more if `user` could not; see `enabled_super_admins`."""
+        """
+        Return whether nobody could do everything any more if `user` could not; see `enabled_super_admins`.
+
+        True only behind the administrators' lock; raises RuntimeError without it.
+        """
+        tx.demand_lock(ADMINISTRATORS_LOCK)
         counts = user.role == SUPER_ADMIN and user.enabled and user.deleted_at is None
         return counts and not await self.enabled_super_admins(tx, without=user.id)
 
@@ -164,8 +163,7 @@ class Users:
         await self._check_role(tx, role)
         now = self._clock.now()
         statement = (
-            _dialect(tx)
-            .insert(users)
+            tx.insert(users)
             .values(
                 id=new_id(),
                 username=canonical,
@@ -304,7 +302,7 @@ class Users:
 
     async def restore(self, tx: Transaction, user_id: uuid.UUID) -> User:
         """
-        Give a deleted user their names back and enable them; they must choose a new password.
+        Give a deleted user their names back, enabled or disabled as they were; they must choose a new password.
 
         Raises LookupError for no such deleted user, and NameTaken if somebody took one of the names meanwhile, after
         which this transaction can only be rolled back.
@@ -367,8 +365,3 @@ def _one(user_id: uuid.UUID, deleted: bool) -> list[ColumnElement[bool]]:
     """Return the condition for one user's row."""
     there = users.c.deleted_at.is_(None)
     return [users.c.id == user_id, or_(there, WAS_SOMEBODY) if deleted else there]
-
-
-def _dialect(tx: Transaction) -> Any:
-    """Return where this database's INSERT is, which can tell that a name is taken without an error."""
-    return sqlite if tx.on_sqlite else postgresql

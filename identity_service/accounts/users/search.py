@@ -1,6 +1,5 @@
 """Finding people among a million: by the beginning of a name, by role, by state, a page at a time."""
 
-import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +10,12 @@ from sqlalchemy import Boolean, ColumnElement, and_, collate, func, literal_colu
 
 from identity_service.accounts.users.user import COLUMNS, WAS_SOMEBODY, User, as_user
 from identity_service.infra.database import Transaction
+from identity_service.infra.runtime import parse_uuid
 from identity_service.infra.tables import users
 
 Place = Sequence[str]
 """Where a page ended, as JSON values: in which of the lists that make up the answer, and behind whom."""
 
-_WHOLE_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _BEHIND_EVERY_LETTER = "\x7f"
 """Greater than every character of a username or an address: they are printable ASCII."""
 DISABLED: ColumnElement[bool] = literal_column("NOT users.enabled", Boolean())
@@ -148,8 +147,7 @@ def _parts(typed: str, *, deleted: bool, on_sqlite: bool) -> list[_Part]:
         _Part("username", username, (by_username,), shared=deleted),
         _Part("email", address, (by_address, not_(by_username)), shared=deleted),
     ]
-    if _WHOLE_ID.fullmatch(typed) is None:
+    if (user_id := parse_uuid(typed)) is None:
         return parts
-    user_id = uuid.UUID(typed)
     others = [_Part(part.name, part.key, (*part.conditions, users.c.id != user_id), part.shared) for part in parts]
     return [_Part("id", username, (users.c.id == user_id,)), *others]

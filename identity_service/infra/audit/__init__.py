@@ -6,13 +6,14 @@ cause them, so only the first few of a minute get a row of their own, and the re
 """
 
 from identity_service.infra.audit.chain import AuditChain, Sealed
-from identity_service.infra.audit.events import EVENTS
+from identity_service.infra.audit.events import EVENTS, SCHEDULE
 from identity_service.infra.audit.seals import ChainBroken, Fault, Wrong
 from identity_service.infra.audit.trail import AuditEvent, AuditTrail, Filters, Origin
 from identity_service.infra.audit.verification import Anchor, Verification
 
 __all__ = [
     "EVENTS",
+    "SCHEDULE",
     "Anchor",
     "AuditChain",
     "AuditEvent",

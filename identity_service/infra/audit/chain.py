@@ -6,6 +6,7 @@ from typing import Any, final
 
 from sqlalchemy import Row, bindparam, delete, func, select, update
 
+from identity_service.infra.audit.events import SCHEDULE
 from identity_service.infra.audit.seals import ChainBroken, Fault, Head, Seals, Wrong, key_missing, read_head
 from identity_service.infra.audit.trail import AuditTrail
 from identity_service.infra.audit.verification import Anchor, Verification
@@ -76,12 +77,12 @@ class AuditChain:
         head = await read_head(tx)
         return Anchor(head.seq, head.mac)
 
-    async def retain(self, tx: Transaction, older_than: datetime, batch: int = 1000, *, actor: str = "schedule") -> int:
+    async def retain(self, tx: Transaction, older_than: datetime, batch: int = 1000) -> int:
         """
         Remove the oldest sealed rows as long as they are older than that, `batch` at most; return how many.
 
         The chain then begins after them, and the proof that it was us who moved its beginning takes the master key.
-        The trail says that rows were removed, and by whom.
+        The trail says that rows were removed.
         Only rows whose seals hold are removed, or else a row could be got rid of by making it look old. Raises
         ChainBroken where the very next one does not hold: then nothing is removed any more until somebody has looked.
         """
@@ -100,7 +101,7 @@ class AuditChain:
             seq, mac = row.seq, row.mac
         if seq == head.base_seq:
             return 0
-        return await self._remove(tx, head, seq, mac, actor)
+        return await self._remove(tx, head, seq, mac)
 
     def verification(self, *anchors: Anchor) -> Verification:
         """Return a walk along the whole chain, which has not begun."""
@@ -115,12 +116,12 @@ class AuditChain:
             return Fault(row.seq, Wrong.KEY_MISSING, key_missing(row.mac_kid))
         return Fault(row.seq, Wrong.ALTERED, "the row does not match its seal")
 
-    async def _remove(self, tx: Transaction, head: Head, seq: int, mac: bytes, actor: str) -> int:
+    async def _remove(self, tx: Transaction, head: Head, seq: int, mac: bytes) -> int:
         """Remove the rows from the beginning of the chain to `seq`, and say so in the trail itself."""
         kid = self._seals.kid
         proof = self._seals.prove_base(seq, mac, kid=kid)
         gone = await tx.execute(delete(audit_events).where(_c.seq > head.base_seq, _c.seq <= seq))
         await tx.execute(update(audit_chain).values(base_seq=seq, base_mac=mac, base_kid=kid, base_proof=proof))
         detail = {"rows": gone.rowcount, "up_to": seq}
-        await self._trail.record(tx, "audit.pruned", origin=None, actor=actor, detail=detail)
+        await self._trail.record(tx, "audit.pruned", origin=None, actor=SCHEDULE, detail=detail)
         return gone.rowcount

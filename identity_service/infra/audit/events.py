@@ -8,6 +8,9 @@ need not read the code.
 from collections.abc import Mapping
 from types import MappingProxyType
 
+SCHEDULE = "schedule"
+"""Who did what falls due by itself."""
+
 EVENTS: Mapping[str, str] = MappingProxyType(
     {
         # Signing in, and what a sign-in gave
@@ -60,9 +63,9 @@ EVENTS: Mapping[str, str] = MappingProxyType(
         "client.disabled": "a client was disabled; its sessions and tokens ended",
         "client.deleted": "a client was deleted; its sessions and tokens ended",
         "client.secret_rotated": "a client was given a new secret; the old one works for a while",
-        "client.secret_deleted": "the old secret of a client was ended before its time",
+        "client.secret_deleted": "a secret of a client was ended before its time",
         "role.created": "a role was made",
-        "role.updated": "a role's place or description was changed",
+        "role.updated": "a role's description was changed",
         "role.deleted": "a role was deleted",
         "role.granted": "a role was given scopes",
         "role.withdrawn": "scopes were taken from a role",

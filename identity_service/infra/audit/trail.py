@@ -120,25 +120,28 @@ class AuditTrail:
         target: str,
         client_id: str | None,
         detail: Mapping[str, Any],
+        genuine: bool = False,
     ) -> None:
         """
         Add a row for something a stranger failed at, or count it if this minute has had enough of them.
 
-        At most ten rows a minute per target and per network, in each process. What was counted and not written is
-        written by `flush`. Raises as `record` does.
+        At most ten rows a minute per event for a target and for a network, in each process; a `genuine` target, one
+        that nobody can invent, is judged by itself alone, so that no noise hides it. What was counted and not written
+        is written by `flush`. Raises as `record` does.
         """
         check_known(event)  # also of what is only counted: `flush` could never write it
         minute = self._clock.now().replace(second=0, microsecond=0)
         if minute != self._minute:
             self._minute = minute
             self._seen.clear()
-        keys = (self._bounded(f"target {target}"), self._bounded(f"network {origin.network}"))
-        of_target, of_network = (self._seen.get(key, 0) for key in keys)
-        if max(of_target, of_network) >= _ROWS_A_MINUTE:
+        of_target, of_network = f"{event} target {target}", f"{event} network {origin.network}"
+        judged = [self._bounded(key) for key in ([of_target] if genuine else [of_target, of_network])]
+        if any(self._seen.get(key, 0) >= _ROWS_A_MINUTE for key in judged):
             # Who invents a target for each try gets one row for all of them: the network is what they share.
-            self.count(event, target=target if of_target >= _ROWS_A_MINUTE else _OVERFLOW, network=origin.network)
+            known = genuine or self._seen.get(judged[0], 0) >= _ROWS_A_MINUTE
+            self.count(event, target=target if known else _OVERFLOW, network=origin.network)
             return
-        for key in keys:
+        for key in judged:
             self._seen[key] = self._seen.get(key, 0) + 1
         await self.record(tx, event, origin=origin, target=target, client_id=client_id, detail=detail)
 

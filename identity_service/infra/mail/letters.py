@@ -9,7 +9,7 @@ import re
 import textwrap
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.headerregistry import Address
 from email.message import EmailMessage
@@ -40,7 +40,7 @@ class Template:
     """A kind of mail: the page its link opens, if it has one, and the names that it must be told."""
 
     page: str | None = None
-    names: frozenset[str] = field(default=frozenset())
+    names: frozenset[str] = frozenset()
 
 
 TEMPLATES: Mapping[str, Template] = {

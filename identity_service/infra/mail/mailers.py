@@ -15,12 +15,21 @@ from typing import Literal, Protocol, final
 from identity_service.infra.runtime import Secret
 
 _LAST_WORD = 2.0  # seconds for QUIT, when the mail has long been accepted
+_CLOSING = 421  # whatever was asked, the server is closing (RFC 5321 §3.8)
 _POLICY_STATUS = re.compile(r"5\.7\.\d")
 _LINK = re.compile(r"https?://\S+")
 
 
 class MailPostponed(Exception):
-    """The mail was not handed over, or nobody knows; it shall be tried again. The text names no address."""
+    """
+    The mail was not handed over, or nobody knows; it shall be tried again. The text names no address.
+
+    `server_failed` says that nobody else's mail would have fared better: it is not about this one.
+    """
+
+    def __init__(self, reason: str, *, server_failed: bool) -> None:
+        super().__init__(reason)
+        self.server_failed = server_failed
 
 
 class MailUndeliverable(Exception):
@@ -66,7 +75,7 @@ class SmtpMailer:
     async def send(self, message: EmailMessage) -> None:
         """Hand one message over. Raises MailUndeliverable when the recipient was refused for good, MailPostponed."""
         # A server that sends no mail need not pay for the library.
-        from aiosmtplib import SMTP, SMTPException, SMTPRecipientsRefused
+        from aiosmtplib import SMTP, SMTPDataError, SMTPException, SMTPRecipientsRefused
 
         (sender,), (recipient,) = message["From"].addresses, message["To"].addresses
         if self._security != "none" and self._trust is None:
@@ -93,9 +102,11 @@ class SmtpMailer:
             (refusal,) = error.recipients
             if _for_good(refusal.code, refusal.message):
                 raise MailUndeliverable(f"{refusal.code}") from None
-            raise MailPostponed(f"{refusal.code}") from None
+            raise MailPostponed(f"{refusal.code}", server_failed=refusal.code == _CLOSING) from None
+        except SMTPDataError as error:
+            raise MailPostponed(_reason(error), server_failed=error.code == _CLOSING) from None
         except (SMTPException, OSError) as error:
-            raise MailPostponed(_reason(error)) from None
+            raise MailPostponed(_reason(error), server_failed=True) from None
         finally:
             client.close()
 
@@ -131,7 +142,7 @@ class MailboxMailer:
         try:
             await asyncio.to_thread(_write, path, message.as_bytes())
         except OSError as error:
-            raise MailPostponed(_reason(error)) from None
+            raise MailPostponed(_reason(error), server_failed=True) from None
         body = message.get_body(("plain",))
         link = _LINK.search(body.get_content()) if body else None
         self._say(f"mail to {message['To']}: {message['Subject']}: {link[0] if link else path}")

@@ -31,7 +31,7 @@ class Rule:
     closed_after: int | None = None  # after so many spends without a reset nothing passes but who is exempt
     _: KW_ONLY
     memory: float  # seconds after the last spend when the bucket is forgotten
-    credential: bool  # without Redis: True means half the burst, counted in this process; False means no limit
+    kept_without_redis: bool = True  # at half the burst, counted in this process; else there is no limit meanwhile
 
     def __post_init__(self) -> None:
         if not _RULE_NAME.fullmatch(self.name):

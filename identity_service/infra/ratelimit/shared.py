@@ -210,13 +210,13 @@ def _stricter(rule: Rule) -> Rule:
 @final
 class FallbackLimiter:
     """
-    Asks Redis while it answers; without it, keeps guessing slow and lets everything else pass.
+    Asks Redis while it answers; without it, keeps the rules that say so and lets everything else pass.
 
-    Rules about credentials are then counted in this process, with half their burst, because other replicas count for
-    themselves. Other rules do not limit. After a failure Redis is left alone for a second, and then asked by one call
-    only, so that an outage does not cost every request a timeout.
+    Those are then counted in this process, with half their burst, because other replicas count for themselves. After a
+    failure Redis is left alone for a second, and then asked by one call only, so that an outage does not cost every
+    request a timeout.
 
-    Spends on credentials are always counted in memory as well, and for a minute after a failure both must allow them:
+    Their spends are always counted in memory as well, and for a minute after a failure both must allow them:
     neither the moment in which Redis goes away nor the one in which it comes back hands out a fresh burst.
 
     Settling always reaches the memory too: a spend may have been counted there and Redis come back since, and the
@@ -246,7 +246,7 @@ class FallbackLimiter:
         answer = await self._ask(lambda: self._primary.spend(spends))
         if isinstance(answer, Limited):
             return answer
-        strict = [replace(spend, rule=_stricter(spend.rule)) for spend in spends if spend.rule.credential]
+        strict = [replace(spend, rule=_stricter(spend.rule)) for spend in spends if spend.rule.kept_without_redis]
         counted = await self._memory.spend(strict)
         if answer is None:
             return counted

@@ -1,6 +1,7 @@
 """Identifiers, and the alphabet of everything opaque that we hand out."""
 
 import os
+import re
 import struct
 import time
 import uuid
@@ -14,6 +15,14 @@ def new_id() -> uuid.UUID:
     value = value & ~(0xF << 76) | 0x7 << 76
     value = value & ~(0x3 << 62) | 0x2 << 62
     return uuid.UUID(int=value)
+
+
+_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+
+
+def parse_uuid(text: str) -> uuid.UUID | None:
+    """Return the UUID that a text spells with its four hyphens (RFC 9562 §4); None for the spellings of others."""
+    return uuid.UUID(text) if _UUID.fullmatch(text) else None
 
 
 _ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"

@@ -140,5 +140,6 @@ class Password(Grant[PasswordEvidence]):
             target=str(evidence.facts.user_id) if evidence.facts else f"name:{evidence.attempt.name_hash}",
             client_id=request.client.id,
             detail={"reason": reason},
+            genuine=evidence.facts is not None,
         )
         return Refusal(InvalidGrant("The username or the password is wrong.", reason=reason), uniform=True)

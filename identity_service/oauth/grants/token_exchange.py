@@ -210,6 +210,7 @@ class TokenExchange(Grant[Evidence]):
                 target=presented.key_id,
                 client_id=request.client.id,
                 detail={"reason": held.reason},
+                genuine=True,
             )
         return held
 

@@ -12,11 +12,10 @@ replica sees that its successor is active.
 
 from identity_service.oauth.signing_keys.acts import Actor, KeyActs
 from identity_service.oauth.signing_keys.keyring import NoUsableKey, SigningKeys
-from identity_service.oauth.signing_keys.material import ALGORITHM, Document, NewKey
+from identity_service.oauth.signing_keys.material import Document, NewKey
 from identity_service.oauth.signing_keys.schedule import KeyPolicy, KeyRecord, KeyState, Plan, plan, signer, state
 
 __all__ = [
-    "ALGORITHM",
     "Actor",
     "Document",
     "KeyActs",

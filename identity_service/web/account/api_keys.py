@@ -15,13 +15,13 @@ from identity_service.infra.audit import AuditTrail
 from identity_service.infra.database import Transaction
 from identity_service.infra.ratelimit import Limiter, Spend
 from identity_service.infra.ratelimit.catalogue import API_KEY_CREATION
-from identity_service.web.account.parts import account_routes, given_back, limits_of, person_of
+from identity_service.web.account.parts import given_back, limits_of, person_of
 from identity_service.web.callers import Caller, Callers, Entry, note
 from identity_service.web.deps import spend
 from identity_service.web.documented import problems
 from identity_service.web.paging import Cursors, CursorText, Limit, Page
 from identity_service.web.problems import Conflict, Fault, Forbidden, Invalid, NotFound
-from identity_service.web.strict import Label, StrictModel, Unfit
+from identity_service.web.strict import Label, StrictModel, Unfit, api_routes
 
 Notify: TypeAlias = Callable[[Transaction, str, User, Mapping[str, Any]], Awaitable[None]]
 """Orders a mail: its template, to whom, and what it must be told."""
@@ -113,11 +113,7 @@ class KeyRoutes:
 
     def page(self, owner: Owner, keys: Sequence[ApiKey], limit: int, cursor: str | None) -> Page[KeyShown]:
         """Return one page of an owner's keys, which are few enough to be read at once."""
-        listing, filters = "api_keys", str(owner)
-        place = self._cursors.read(listing, filters, cursor)
-        rest = [key for key in keys if place is None or _place(key) < place]
-        page = rest[:limit]
-        following = self._cursors.write(listing, filters, _place(page[-1])) if len(rest) > limit else None
+        page, following = self._cursors.page("api_keys", str(owner), cursor, keys, _place, limit)
         return Page[KeyShown](items=[KeyShown.of(key) for key in page], next_cursor=following)
 
     async def create(self, tx: Transaction, caller: Caller, owner: Owner, body: KeyCreation) -> NewKey:
@@ -198,7 +194,7 @@ def api_keys_router(
 
     Keys are made, rotated and revoked by who has signed in, never by a key: one that leaks must not outlive its end.
     """
-    router = account_routes("/v1/users/me/api-keys", tag="api-keys")
+    router = api_routes("/v1/users/me/api-keys", tag="api-keys")
     routes = KeyRoutes(api_keys, cursors, audit)
     Reading = Annotated[Entry, Depends(callers.needs("account:read", person=True))]  # noqa: N806  # a type
     Writing = Annotated[  # noqa: N806  # a type
@@ -233,7 +229,7 @@ def api_keys_router(
         async with given_back(limiter, booked):
             return await entry.run(make)
 
-    @router.post("/{key_id}/rotate", responses=problems(404, 409))
+    @router.post("/{key_id}/rotate", responses=problems(409))
     async def rotate_key(entry: Writing, key_id: KeyId, body: Annotated[KeyRotation | None, Body()] = None) -> KeyMade:
         """Give a key a new secret; the old one works for the overlap."""
 
@@ -243,7 +239,7 @@ def api_keys_router(
 
         return await entry.run(rotate)
 
-    @router.delete("/{key_id}", status_code=204, responses=problems(404))
+    @router.delete("/{key_id}", status_code=204, responses=problems())
     async def revoke_key(entry: Writing, key_id: KeyId) -> None:
         """End a key, and every token it was exchanged for, at once."""
         await entry.run(lambda tx, caller: routes.revoke(tx, caller, key_id, person_of(caller).id))

@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends
 from pydantic import BaseModel, SecretStr
 
-from identity_service.accounts.access import PERMISSIONS, SELF_SERVICE, SUPER_ADMIN
+from identity_service.accounts.access import ADMINISTRATORS_LOCK, PERMISSIONS, SELF_SERVICE, SUPER_ADMIN
 from identity_service.accounts.bootstrap import Bootstrap
 from identity_service.accounts.clients import NO_AUTHENTICATION, NewClient
 from identity_service.accounts.password_policy import PasswordRefused
@@ -13,13 +13,13 @@ from identity_service.accounts.users import InvalidUser, NameTaken
 from identity_service.infra.database import Transaction
 from identity_service.infra.ratelimit.catalogue import BOOTSTRAP
 from identity_service.infra.runtime import Secret
-from identity_service.web.account.parts import AccountParts, Text, account_routes, invalid
+from identity_service.web.account.parts import AccountParts, Text, invalid
 from identity_service.web.account.profile import Profile
 from identity_service.web.callers import Visitor
 from identity_service.web.deps import FailureBudget
 from identity_service.web.documented import problems
 from identity_service.web.problems import Conflict, Fault, Forbidden, Invalid, NotFound
-from identity_service.web.strict import StrictModel
+from identity_service.web.strict import StrictModel, api_routes
 
 _OPERATORS = NewClient(
     name="Operators",
@@ -48,7 +48,7 @@ class FirstOperatorMade(BaseModel):
 
 def bootstrap_router(parts: AccountParts, bootstrap: Bootstrap) -> APIRouter:
     """Return `POST /v1/bootstrap`."""
-    router = account_routes("/v1", tag="bootstrap")
+    router = api_routes("/v1", tag="bootstrap")
     Visiting = Annotated[Visitor, Depends(parts.callers.anybody())]  # noqa: N806  # a type
     guesses = FailureBudget(parts.limiter, parts.clock, BOOTSTRAP)
 
@@ -56,9 +56,9 @@ def bootstrap_router(parts: AccountParts, bootstrap: Bootstrap) -> APIRouter:
         if await bootstrap.spent(tx):
             raise NotFound
         if await parts.users.enabled_super_admins(tx):
-            raise Conflict("There is somebody already who can do everything.")
+            raise Conflict("There is a super_admin already.")
 
-    @router.post("/bootstrap", status_code=201, responses=problems(404, 409))
+    @router.post("/bootstrap", status_code=201, responses=problems(409))
     async def make_first_operator(visitor: Visiting, body: FirstOperator) -> FirstOperatorMade:
         """
         Make the first operator, and a client for them. The secret works once, for ever.
@@ -82,7 +82,7 @@ def bootstrap_router(parts: AccountParts, bootstrap: Bootstrap) -> APIRouter:
             raise Invalid(Fault("/password", str(refused))) from None
 
         async def make(tx: Transaction) -> FirstOperatorMade:
-            await tx.lock(Bootstrap.LOCK)
+            await tx.lock(ADMINISTRATORS_LOCK)
             await check_unused(tx)
             if not await bootstrap.spend(tx):
                 raise NotFound

@@ -5,30 +5,29 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Response
 from pydantic import SecretStr
 
-from identity_service.accounts.bootstrap import Bootstrap
+from identity_service.accounts.access import ADMINISTRATORS_LOCK
 from identity_service.accounts.password_policy import PasswordRefused
 from identity_service.accounts.recovery import mail_key
-from identity_service.accounts.users import InvalidUser, check_email
+from identity_service.accounts.users import InvalidUser, User, check_email
 from identity_service.infra.database import Transaction
-from identity_service.infra.ratelimit import Spend
-from identity_service.infra.ratelimit.catalogue import MAIL_ADDRESS, MAIL_NETWORK
+from identity_service.infra.ratelimit import Limited, Spend
+from identity_service.infra.ratelimit.catalogue import EMAIL_CHANGE, MAIL_ADDRESS, MAIL_NETWORK, PASSWORD_CHANGE_DONE
 from identity_service.infra.runtime import Secret
 from identity_service.web.account.parts import (
     Accepted,
     AccountParts,
     Mail,
     Text,
-    account_routes,
     given_back,
+    if_done,
     invalid,
     person_of,
 )
 from identity_service.web.account.reauthentication import Reauthentication
 from identity_service.web.callers import Caller, Entry
-from identity_service.web.deps import spend
 from identity_service.web.documented import problems
 from identity_service.web.problems import Conflict, Fault, Invalid
-from identity_service.web.strict import StrictModel
+from identity_service.web.strict import StrictModel, api_routes
 
 
 class PasswordChange(StrictModel):
@@ -55,25 +54,23 @@ class Farewell(StrictModel):
 
 def credentials_router(parts: AccountParts) -> APIRouter:
     """Return the routes that change the password and the address, and that delete the account."""
-    router = account_routes("/v1/users/me")
+    router = api_routes("/v1/users/me", tag="account")
     Writing = Annotated[Entry, Depends(parts.callers.needs("account:write", person=True, first_hand=True))]  # noqa: N806  # a type
     reauthentication = Reauthentication(parts)
 
-    async def names_of(_tx: Transaction, caller: Caller) -> tuple[str, str]:
-        user = person_of(caller)
-        return user.username, user.email
+    async def who(_tx: Transaction, caller: Caller) -> User:
+        return person_of(caller)
 
     @router.post("/password", status_code=204, responses=problems(409))
     async def change_password(entry: Writing, body: PasswordChange) -> None:
         """Choose a new password; every session ends, except this one if it shall be kept."""
-        names = await entry.run(names_of)
+        person = await entry.run(who)
+        names = (person.username, person.email)
         new = Secret(body.new_password.get_secret_value())
         try:
             parts.policy.accept(new, names=names)
         except PasswordRefused as refused:
             raise Invalid(Fault("/new_password", str(refused))) from None
-        facts = await reauthentication.demand(entry, body.current_password, act="password")
-        hashed = await parts.users.prepare_password(new, names=names)
 
         async def change(tx: Transaction, caller: Caller) -> None:
             user = await reauthentication.locked(tx, caller, facts)
@@ -87,7 +84,10 @@ def credentials_router(parts: AccountParts) -> APIRouter:
             kept = {"session_kept": body.keep_current_session, "api_keys_kept": body.keep_api_keys}
             await parts.record(tx, caller, "password.changed", str(user.id), kept)
 
-        await entry.run(change)
+        async with if_done(parts.limiter, [Spend(PASSWORD_CHANGE_DONE, f"u:{person.id}")]):
+            facts = await reauthentication.demand(entry, body.current_password, act="password")
+            hashed = await parts.users.prepare_password(new, names=names)
+            await entry.run(change)
 
     @router.delete("", status_code=204, responses=problems(409))
     async def leave(entry: Writing, body: Farewell) -> None:
@@ -97,13 +97,13 @@ def credentials_router(parts: AccountParts) -> APIRouter:
         async def delete(tx: Transaction, caller: Caller) -> None:
             user = await reauthentication.locked(tx, caller, facts)
             if await parts.users.is_last_super_admin(tx, user):
-                raise Conflict("The last one who can do everything cannot leave.")
+                raise Conflict("The last super_admin cannot leave. Make another one first.")
             await parts.end_links(tx, user)
             await parts.notify(tx, "account_deleted", user)
             await parts.users.delete(tx, user.id)
             await parts.record(tx, caller, "user.deleted", str(user.id))
 
-        await entry.run(delete, lock=Bootstrap.LOCK)
+        await entry.run(delete, lock=ADMINISTRATORS_LOCK)
 
     def change_of_address(mail: Mail) -> None:
         @router.post("/email", status_code=202, responses=problems(409))
@@ -113,23 +113,28 @@ def credentials_router(parts: AccountParts) -> APIRouter:
                 check_email(body.email)
             except InvalidUser as error:
                 raise invalid(error) from None
-            facts = await reauthentication.demand(entry, body.password, act="email")
-            limits = [
-                Spend(MAIL_NETWORK, f"n:{entry.origin.network}"),
-                Spend(MAIL_ADDRESS, mail_key(parts.data_keys, "change_email", body.email)),
-            ]
-            await spend(parts.limiter, limits)
+            person = await entry.run(who)
+            if person.email == body.email:
+                raise Invalid(Fault("/email", "is the address already"))
+            mailed = [Spend(MAIL_ADDRESS, mail_key(parts.data_keys, "change_email", body.email))]
 
             async def order(tx: Transaction, caller: Caller) -> None:
                 user = await reauthentication.locked(tx, caller, facts)
-                if user.email == body.email:
-                    raise Invalid(Fault("/email", "is the address already"))
-                await mail.recovery.request_change(
-                    tx, user, body.email, origin=caller.origin, client_id=caller.client_id
-                )
+                if may_mail:
+                    await mail.recovery.request_change(
+                        tx, user, body.email, origin=caller.origin, client_id=caller.client_id
+                    )
 
-            async with given_back(parts.limiter, limits):
-                await entry.run(order)
+            limits = [
+                Spend(MAIL_NETWORK, f"n:{entry.origin.network}"),
+                Spend(EMAIL_CHANGE, f"u:{person.id}"),
+            ]
+            async with if_done(parts.limiter, limits):
+                facts = await reauthentication.demand(entry, body.password, act="email")
+                # Not told: others may have asked for this address, and that is not this person's fault.
+                may_mail = not isinstance(await parts.limiter.spend(mailed), Limited)
+                async with given_back(parts.limiter, mailed if may_mail else ()):
+                    await entry.run(order)
             return Accepted(message="A mail is on its way to the new address.")
 
     if parts.mail is not None:

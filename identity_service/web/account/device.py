@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING
 
+from identity_service.infra.tables import LONGEST_USER_AGENT
+
 if TYPE_CHECKING:
     from ua_parser import Parser
-
-_LONGEST = 256
 
 
 @cache
@@ -28,7 +28,7 @@ def device_of(user_agent: str | None) -> str | None:
         return None
     from ua_parser import Domain
 
-    found = _parser()(user_agent[:_LONGEST], Domain.USER_AGENT | Domain.OS)
+    found = _parser()(user_agent[:LONGEST_USER_AGENT], Domain.USER_AGENT | Domain.OS)
     program = found.user_agent.family if found.user_agent else None
     system = found.os.family if found.os else None
     words = " on ".join(word for word in (program, system) if word and word != "Other")

@@ -6,7 +6,7 @@ Nobody guesses at links (256 bits), but who tries makes the database look; a net
 
 from typing import Final, final
 
-from identity_service.accounts.email_flows import EmailPurpose
+from identity_service.accounts.email_flows import EmailPurpose, OrderedPurpose
 from identity_service.accounts.recovery import mail_key
 from identity_service.accounts.users import NameTaken, User
 from identity_service.infra.database import Transaction
@@ -38,7 +38,7 @@ class Links:
         self._recovery = mail.recovery
         self._guesses = FailureBudget(parts.limiter, parts.clock, LINK_GUESSING)
 
-    async def order(self, visitor: Visitor, purpose: EmailPurpose, typed: str) -> None:
+    async def order(self, visitor: Visitor, purpose: OrderedPurpose, typed: str) -> None:
         """
         Order the mail with a link, if there is anybody to get one; nothing that is seen from outside tells.
 
@@ -49,9 +49,10 @@ class Links:
         await visitor.spend(booked)
         async with uniformly(self._parts.refusal_delay), given_back(limiter, booked):
             user = await visitor.run(lambda tx: self._recovery.asked_for(tx, purpose, typed))
-            address = user.email if user is not None else typed
-            mailed = [Spend(MAIL_ADDRESS, mail_key(self._parts.data_keys, purpose, address))]
-            if isinstance(await limiter.spend(mailed), Limited) or user is None:
+            if user is None:
+                return  # nothing is booked for an address that nobody has: whoever registers it needs their mails
+            mailed = [Spend(MAIL_ADDRESS, mail_key(self._parts.data_keys, purpose, user.email))]
+            if isinstance(await limiter.spend(mailed), Limited):
                 return
             async with given_back(limiter, mailed):
                 await visitor.run(lambda tx: self._recovery.send(tx, purpose, user, origin=visitor.origin))

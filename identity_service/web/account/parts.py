@@ -5,10 +5,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import structlog
-from fastapi import APIRouter, Depends, Response
 from pydantic import BaseModel, StringConstraints
 
+from identity_service.accounts import notices
 from identity_service.accounts.access import Access
 from identity_service.accounts.api_keys import ApiKeys
 from identity_service.accounts.bootstrap import Bootstrap
@@ -28,12 +27,9 @@ from identity_service.infra.ratelimit import Limiter, Spend
 from identity_service.infra.runtime import Clock
 from identity_service.infra.runtime.hashing import HashingBusy
 from identity_service.web.callers import Caller, Callers, note
-from identity_service.web.deps import Unauthenticated
+from identity_service.web.deps import Unauthenticated, spend
 from identity_service.web.paging import Cursors
 from identity_service.web.problems import Fault, Invalid
-from identity_service.web.strict import StrictRoute
-
-log = structlog.get_logger(__name__)
 
 Text = Annotated[str, StringConstraints(max_length=254)]
 """A text that somebody typed, to be checked by who knows what it must be."""
@@ -85,18 +81,8 @@ class AccountParts:
     async def notify(
         self, tx: Transaction, template: str, user: User, context: Mapping[str, Any] | None = None
     ) -> None:
-        """
-        Order a notice to a user's proven address, where mail can be sent at all.
-
-        To no other: an address that somebody only claimed is a stranger's, whom they could have us write to. When the
-        queue is full the act goes on without its notice, or whoever fills it could keep others from acting.
-        """
-        if self.mail is None or user.email_verified_at is None:
-            return
-        try:
-            await self.mail.outbox.enqueue(tx, template=template, recipient=user.email, context=context or {})
-        except MailQueueFull:
-            log.warning("mail.not_ordered", template=template)
+        """Tell a user what was done; see `tell`."""
+        await tell(self.mail, tx, template, user, context)
 
     async def end_links(self, tx: Transaction, user: User) -> None:
         """End every link that was mailed to a user."""
@@ -108,6 +94,14 @@ class AccountParts:
     ) -> None:
         """Note what a caller did to something of theirs."""
         await note(self.audit, tx, caller, event, target, detail)
+
+
+async def tell(
+    mail: Mail | None, tx: Transaction, template: str, user: User, context: Mapping[str, Any] | None = None
+) -> None:
+    """Order a notice to a user's proven address, where mail can be sent at all; see `notices.tell`."""
+    if mail is not None:
+        await notices.tell(mail.outbox, tx, template, user, context)
 
 
 def person_of(caller: Caller) -> User:
@@ -128,6 +122,21 @@ def invalid(error: InvalidUser) -> Invalid:
 
 
 @asynccontextmanager
+async def if_done(limiter: Limiter, spends: Sequence[Spend]) -> AsyncIterator[None]:
+    """
+    Spend before the block, and give it all back when the block is not carried through; raises TooManyRequests.
+
+    Who is over the limit is refused before any work, and only what was done counts.
+    """
+    await spend(limiter, spends)
+    try:
+        yield
+    except Exception:
+        await limiter.settle(refund=spends)
+        raise
+
+
+@asynccontextmanager
 async def given_back(limiter: Limiter, spends: Sequence[Spend]) -> AsyncIterator[None]:
     """Give spends back when something behind us could not answer: who has to come again must not be held up for it."""
     try:
@@ -135,12 +144,3 @@ async def given_back(limiter: Limiter, spends: Sequence[Spend]) -> AsyncIterator
     except (DatabaseUnavailable, HashingBusy, MailQueueFull):
         await limiter.settle(refund=spends)
         raise
-
-
-def account_routes(prefix: str, *, tag: str = "account") -> APIRouter:
-    """Return a router for strict routes whose answers nobody may keep: they are about a person."""
-    return APIRouter(prefix=prefix, tags=[tag], route_class=StrictRoute, dependencies=[Depends(_no_store)])
-
-
-def _no_store(response: Response) -> None:
-    response.headers["cache-control"] = "no-store"

@@ -11,13 +11,13 @@ from identity_service.accounts.users import InvalidUser, NameTaken, User
 from identity_service.infra.database import Transaction
 from identity_service.infra.ratelimit import Spend
 from identity_service.infra.ratelimit.catalogue import USERNAME_CHANGE
-from identity_service.web.account.parts import AccountParts, Text, account_routes, invalid, limits_of, person_of
+from identity_service.web.account.parts import AccountParts, Text, invalid, limits_of, person_of
 from identity_service.web.callers import Caller, Entry
 from identity_service.web.deps import spend
 from identity_service.web.documented import problems
 from identity_service.web.paging import IfMatch, check_if_match, tagged
 from identity_service.web.problems import Conflict, Forbidden, NotFound
-from identity_service.web.strict import StrictModel
+from identity_service.web.strict import StrictModel, api_routes
 
 
 class Profile(BaseModel):
@@ -54,7 +54,7 @@ class ProfilePatch(StrictModel):
 
 def profile_router(parts: AccountParts) -> APIRouter:
     """Return the routes that show and change the profile."""
-    router = account_routes("/v1/users/me")
+    router = api_routes("/v1/users/me", tag="account")
     Reading = Annotated[Entry, Depends(parts.callers.needs("account:read", person=True))]  # noqa: N806  # a type
     Writing = Annotated[Entry, Depends(parts.callers.needs("account:write", person=True))]  # noqa: N806  # a type
 
@@ -93,7 +93,8 @@ def profile_router(parts: AccountParts) -> APIRouter:
                 raise invalid(error) from None
             except NameTaken:
                 raise Conflict("The username is taken.") from None
-            await parts.record(tx, caller, "user.changed", str(user.id), {"members": sorted(given)})
+            if members := [member for member in sorted(given) if getattr(renamed, member) != getattr(user, member)]:
+                await parts.record(tx, caller, "user.changed", str(user.id), {"members": members})
             return Profile.of(renamed)
 
         if "username" in body.model_fields_set:

@@ -66,4 +66,5 @@ class Reauthentication:
             target=caller.actor,
             client_id=caller.client_id,
             detail={"for": act},
+            genuine=True,
         )

@@ -8,11 +8,11 @@ from pydantic import SecretStr
 from identity_service.accounts.password_policy import PasswordRefused
 from identity_service.infra.runtime import Secret
 from identity_service.web.account.links import Links
-from identity_service.web.account.parts import Accepted, AccountParts, Text, account_routes
+from identity_service.web.account.parts import Accepted, AccountParts, Text
 from identity_service.web.callers import Visitor
 from identity_service.web.documented import problems
 from identity_service.web.problems import Fault, Invalid
-from identity_service.web.strict import StrictModel
+from identity_service.web.strict import StrictModel, api_routes
 
 _ON_ITS_WAY = Accepted(message="If there is such an account, a mail is on its way.")
 
@@ -38,7 +38,7 @@ class NewPassword(StrictModel):
 
 def recovery_router(parts: AccountParts, links: Links) -> APIRouter:
     """Return the routes of mailed links."""
-    router = account_routes("/v1")
+    router = api_routes("/v1", tag="account")
     Visiting = Annotated[Visitor, Depends(parts.callers.anybody())]  # noqa: N806  # a type
 
     @router.post("/email-verification", status_code=202, responses=problems())

@@ -7,18 +7,18 @@ from fastapi import APIRouter, Depends
 from pydantic import SecretStr
 
 from identity_service.accounts.password_policy import PasswordPolicy, PasswordRefused
-from identity_service.accounts.recovery import mail_key
+from identity_service.accounts.recovery import MailPurpose, mail_key
 from identity_service.accounts.registration import NewPerson, Taken
 from identity_service.accounts.users import InvalidUser, User, check_display_name, check_email, check_username
 from identity_service.infra.ratelimit import Limited, Spend
 from identity_service.infra.ratelimit.catalogue import MAIL_ADDRESS, REGISTRATION_NETWORK
 from identity_service.infra.runtime import Secret
-from identity_service.web.account.parts import Accepted, AccountParts, Text, account_routes, given_back
+from identity_service.web.account.parts import Accepted, AccountParts, Text, given_back
 from identity_service.web.account.profile import Profile
 from identity_service.web.callers import Visitor
 from identity_service.web.documented import problems
 from identity_service.web.problems import Conflict, Fault, Forbidden, Invalid
-from identity_service.web.strict import StrictModel
+from identity_service.web.strict import StrictModel, api_routes
 from identity_service.web.uniform import uniformly
 
 _TAKEN = {"username": "The username is taken.", "email": "The address belongs to an account already."}
@@ -35,24 +35,41 @@ class NewUser(StrictModel):
 
 def registration_router(parts: AccountParts) -> APIRouter:
     """Return `POST /v1/users` as this installation has it."""
-    router = account_routes("/v1/users")
+    router = api_routes("/v1/users", tag="account")
     Visiting = Annotated[Visitor, Depends(parts.callers.anybody())]  # noqa: N806  # a type
     mode = parts.registration.mode
 
+    async def booked_for_mail(purpose: MailPurpose, body: NewUser) -> list[Spend]:
+        """Return what was booked for a mail to who registers; nothing if none may be sent."""
+        spends = [Spend(MAIL_ADDRESS, mail_key(parts.data_keys, purpose, body.email))]
+        if parts.mail is None or isinstance(await parts.limiter.spend(spends), Limited):
+            return []
+        return spends
+
     async def register(visitor: Visitor, body: NewUser) -> User | Taken:
-        """Register somebody, or find a name taken; what this refuses depends on nothing but what was sent."""
+        """
+        Register somebody, or find a name taken; what this refuses depends on nothing but what was sent.
+
+        The first mail of somebody new has a limit of its own, which nothing that was asked before about their address
+        uses up. It is also counted among the mails that prove an address, or tell that it is known already.
+        """
         password = _checked(parts.policy, body)
         booked = [Spend(REGISTRATION_NETWORK, f"n:{visitor.origin.network}")]
         await visitor.spend(booked)
         async with given_back(parts.limiter, booked):
             hashed = await parts.users.prepare_password(password, names=(body.username, body.email))
             person = NewPerson(body.username, body.email, body.name, hashed)
-            mailed = [Spend(MAIL_ADDRESS, mail_key(parts.data_keys, "verify_email", body.email))]
-            may_mail = parts.mail is not None and not isinstance(await parts.limiter.spend(mailed), Limited)
-            async with given_back(parts.limiter, mailed if may_mail else ()):
-                return await visitor.run(
-                    lambda tx: parts.registration.register(tx, person, may_mail=may_mail, origin=visitor.origin)
+            first, further = await booked_for_mail("registration", body), await booked_for_mail("verify_email", body)
+            async with given_back(parts.limiter, [*first, *further]):
+                outcome = await visitor.run(
+                    lambda tx: parts.registration.register(
+                        tx, person, may_welcome=bool(first), may_refuse=bool(further), origin=visitor.origin
+                    )
                 )
+            if isinstance(outcome, Taken):
+                unused = first if mode == "private" else [*first, *further]
+                await parts.limiter.settle(refund=unused)
+            return outcome
 
     if mode == "closed":
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import uuid
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated
 
@@ -11,11 +12,12 @@ from pydantic import BaseModel
 from identity_service.accounts.refresh_families import Session
 from identity_service.infra.database import Transaction
 from identity_service.web.account.device import devices_of
-from identity_service.web.account.parts import AccountParts, account_routes, person_of
+from identity_service.web.account.parts import AccountParts, person_of
 from identity_service.web.callers import Caller, Entry
 from identity_service.web.documented import problems
-from identity_service.web.paging import CursorText, Limit, Page
+from identity_service.web.paging import Cursors, CursorText, Limit, Page
 from identity_service.web.problems import NotFound
+from identity_service.web.strict import api_routes
 
 _LISTING = "sessions"
 
@@ -51,7 +53,7 @@ class SessionShown(BaseModel):
 
 def sessions_router(parts: AccountParts) -> APIRouter:
     """Return the routes under `/sessions`."""
-    router = account_routes("/v1/users/me/sessions")
+    router = api_routes("/v1/users/me/sessions", tag="account")
     Reading = Annotated[Entry, Depends(parts.callers.needs("account:read", person=True))]  # noqa: N806  # a type
     Writing = Annotated[Entry, Depends(parts.callers.needs("account:write", person=True))]  # noqa: N806  # a type
 
@@ -64,15 +66,7 @@ def sessions_router(parts: AccountParts) -> APIRouter:
             return str(person.id), await parts.families.sessions(tx, person.id, caller.session_id)
 
         owner, sessions = await entry.run(look)
-        place = parts.cursors.read(_LISTING, owner, cursor)
-        if place is not None:
-            sessions = [session for session in sessions if _place(session) < place]
-        page = sessions[:limit]
-        devices = await asyncio.to_thread(devices_of, [session.user_agent for session in page])
-        return Page[SessionShown](
-            items=[SessionShown.of(session, devices[session.user_agent]) for session in page],
-            next_cursor=parts.cursors.write(_LISTING, owner, _place(page[-1])) if len(sessions) > limit else None,
-        )
+        return await session_page(parts.cursors, _LISTING, owner, cursor, sessions, limit)
 
     @router.delete("", status_code=204, responses=problems())
     async def end_sessions(entry: Writing, except_current: Annotated[bool, Query()] = False) -> None:
@@ -80,14 +74,17 @@ def sessions_router(parts: AccountParts) -> APIRouter:
 
         async def end(tx: Transaction, caller: Caller) -> None:
             person = person_of(caller)
-            epoch = await parts.users.end_sessions(tx, person.id)
+            try:
+                epoch = await parts.users.end_sessions(tx, person.id)
+            except LookupError:  # deleted in this moment
+                raise NotFound from None
             if except_current and caller.session_id is not None:
                 await parts.families.keep(tx, caller.session_id, person.id, epoch=epoch)
             await parts.record(tx, caller, "sessions.ended", str(person.id), {"current_kept": except_current})
 
         await entry.run(end)
 
-    @router.delete("/{session_id}", status_code=204, responses=problems(404))
+    @router.delete("/{session_id}", status_code=204, responses=problems())
     async def end_session(entry: Writing, session_id: uuid.UUID) -> None:
         """Sign out in one place."""
 
@@ -95,13 +92,19 @@ def sessions_router(parts: AccountParts) -> APIRouter:
             person = person_of(caller)
             if not await parts.families.end(tx, person.id, session_id):
                 raise NotFound
-            await parts.record(tx, caller, "session.ended", str(session_id), {"user": str(person.id)})
+            await parts.record(tx, caller, "session.ended", str(person.id), {"session": str(session_id)})
 
         await entry.run(end)
 
     return router
 
 
-def _place(session: Session) -> list[str]:
-    """Return where a session stands in the list, as JSON values that compare as the list is sorted."""
-    return [session.last_used_at.isoformat(timespec="microseconds"), str(session.id)]
+async def session_page(
+    cursors: Cursors, listing: str, owner: str, cursor: str | None, sessions: Sequence[Session], limit: int
+) -> Page[SessionShown]:
+    """Return one page of somebody's sessions, with what their programs say of themselves."""
+    page, following = cursors.page(listing, owner, cursor, sessions, lambda session: session.place, limit)
+    devices = await asyncio.to_thread(devices_of, [session.user_agent for session in page])
+    return Page[SessionShown](
+        items=[SessionShown.of(session, devices[session.user_agent]) for session in page], next_cursor=following
+    )

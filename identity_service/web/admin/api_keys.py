@@ -1,6 +1,7 @@
 """The operators' API about API keys: services' keys, and ending anybody's."""
 
 import uuid
+from collections.abc import Collection
 from typing import Annotated
 
 from fastapi import APIRouter, Body, Depends, Path
@@ -13,11 +14,11 @@ from identity_service.accounts.users import Users
 from identity_service.infra.audit import AuditTrail
 from identity_service.infra.database import Transaction
 from identity_service.web.account.api_keys import KeyCreation, KeyId, KeyMade, KeyRotation, KeyRoutes, KeyShown
-from identity_service.web.account.parts import account_routes
 from identity_service.web.callers import Caller, Callers, Entry
 from identity_service.web.documented import problems
 from identity_service.web.paging import Cursors, CursorText, Limit, Page
 from identity_service.web.problems import Conflict, Forbidden, NotFound
+from identity_service.web.strict import api_routes
 
 ClientId = Annotated[str, Path(max_length=64)]
 
@@ -37,7 +38,7 @@ def admin_api_keys_router(
     A key is never made, rotated or ended by a key, nor by who acts for somebody: what leaks must not outlive its end.
     Nobody makes a key for a person but that person.
     """
-    router = account_routes("/v1/admin", tag="api-keys")
+    router = api_routes("/v1/admin", tag="api-keys")
     routes = KeyRoutes(api_keys, cursors, audit)
     Reading = Annotated[Entry, Depends(callers.needs("clients:read"))]  # noqa: N806  # a type
     Writing = Annotated[Entry, Depends(callers.needs("clients:write", first_hand=True))]  # noqa: N806  # a type
@@ -58,18 +59,21 @@ def admin_api_keys_router(
             raise NotFound
         return await service(tx, key.client_id)
 
-    async def check_outranked(tx: Transaction, caller: Caller, key: ApiKey) -> None:
-        """Raise Forbidden unless the caller may end this key: a service's, or that of a person with no more rights."""
-        if key.user_id is None:
-            if "clients:write" not in caller.scopes:
-                raise Forbidden("The key is a service's, which takes clients:write.")
-            return
-        owner = await users.get(tx, key.user_id)
-        held = await rules.scopes_of(tx, owner.role, fresh=True) if owner is not None else ()
+    def check_within(caller: Caller, held: Collection[str]) -> None:
         if access.missing(held, scopes=caller.scopes, rights=caller.rights):
             raise Forbidden("The key's owner holds more than you could hand on.")
 
-    @router.get("/clients/{client_id}/api-keys", responses=problems(404))
+    async def check_outranked(tx: Transaction, caller: Caller, key: ApiKey) -> None:
+        """Raise Forbidden unless the caller may end this key: its owner holds no more than they could hand on."""
+        if key.user_id is None:
+            if "clients:write" not in caller.scopes:
+                raise Forbidden("The key is a service's, which takes clients:write.")
+            check_within(caller, (await service_of(tx, key.id)).scope)
+            return
+        owner = await users.get(tx, key.user_id)
+        check_within(caller, await rules.scopes_of(tx, owner.role, fresh=True) if owner is not None else ())
+
+    @router.get("/clients/{client_id}/api-keys", responses=problems())
     async def list_client_keys(
         entry: Reading, client_id: ClientId, limit: Limit = 50, cursor: CursorText = None
     ) -> Page[KeyShown]:
@@ -82,7 +86,7 @@ def admin_api_keys_router(
 
         return await entry.run(look)
 
-    @router.post("/clients/{client_id}/api-keys", status_code=201, responses=problems(404, 409))
+    @router.post("/clients/{client_id}/api-keys", status_code=201, responses=problems(409))
     async def create_client_key(entry: Writing, client_id: ClientId, body: KeyCreation) -> KeyMade:
         """Make a key for a service; `key`, which holds its secret, is shown this once."""
 
@@ -96,17 +100,17 @@ def admin_api_keys_router(
 
         return await entry.run(make)
 
-    @router.delete("/clients/{client_id}/api-keys/{key_id}", status_code=204, responses=problems(404))
+    @router.delete("/clients/{client_id}/api-keys/{key_id}", status_code=204, responses=problems())
     async def revoke_client_key(entry: Writing, client_id: ClientId, key_id: KeyId) -> None:
         """End a service's key, and every token it was exchanged for, at once."""
 
         async def revoke(tx: Transaction, caller: Caller) -> None:
-            await service(tx, client_id)
+            check_within(caller, (await service(tx, client_id)).scope)
             await routes.revoke(tx, caller, key_id, client_id)
 
         await entry.run(revoke)
 
-    @router.get("/users/{user_id}/api-keys", responses=problems(404))
+    @router.get("/users/{user_id}/api-keys", responses=problems())
     async def list_user_keys(
         entry: ReadingUsers, user_id: uuid.UUID, limit: Limit = 50, cursor: CursorText = None
     ) -> Page[KeyShown]:
@@ -119,7 +123,7 @@ def admin_api_keys_router(
 
         return await entry.run(look)
 
-    @router.post("/api-keys/{key_id}/rotate", responses=problems(404, 409))
+    @router.post("/api-keys/{key_id}/rotate", responses=problems(409))
     async def rotate_client_key(
         entry: Writing, key_id: KeyId, body: Annotated[KeyRotation | None, Body()] = None
     ) -> KeyMade:
@@ -131,7 +135,7 @@ def admin_api_keys_router(
 
         return await entry.run(rotate)
 
-    @router.delete("/api-keys/{key_id}", status_code=204, responses=problems(404))
+    @router.delete("/api-keys/{key_id}", status_code=204, responses=problems())
     async def revoke_key(entry: WritingUsers, key_id: KeyId) -> None:
         """End anybody's key, and every token it was exchanged for, at once."""
 

@@ -11,7 +11,7 @@ from identity_service.web.callers import Callers, Entry
 from identity_service.web.documented import problems
 from identity_service.web.paging import Cursors, CursorText, Limit, Page
 from identity_service.web.problems import Fault, Invalid
-from identity_service.web.strict import StrictRoute
+from identity_service.web.strict import api_routes
 
 _LISTING = "audit"
 
@@ -44,7 +44,7 @@ class AuditEventShown(BaseModel):
 
 def audit_router(callers: Callers, audit: AuditTrail, cursors: Cursors) -> APIRouter:
     """Return the route `/v1/admin/audit`."""
-    router = APIRouter(prefix="/v1/admin/audit", tags=["audit"], route_class=StrictRoute)
+    router = api_routes("/v1/admin/audit", tag="audit")
     Reading = Annotated[Entry, Depends(callers.needs("audit:read"))]  # noqa: N806  # a type
 
     @router.get("", responses=problems())

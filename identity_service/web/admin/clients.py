@@ -1,6 +1,7 @@
 """The operators' API about registered clients and their secrets."""
 
 import uuid
+from collections.abc import Collection
 from datetime import datetime, timedelta
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ from identity_service.web.callers import Caller, Callers, Entry, note
 from identity_service.web.documented import problems
 from identity_service.web.paging import Cursors, CursorText, IfMatch, Limit, Page, check_if_match, tagged
 from identity_service.web.problems import Conflict, Fault, Forbidden, Invalid, NotFound
-from identity_service.web.strict import Label, StrictModel, StrictRoute
+from identity_service.web.strict import Label, StrictModel, api_routes
 
 _LISTING = "clients"
 _LONGEST_OVERLAP = 90 * 86400  # seconds
@@ -56,6 +57,7 @@ class _Metadata(StrictModel):
         return sent
 
 
+_TOLD = ("scope", "grant_types", "audiences", "exchange_audiences", "introspect", "redirect_uris", "cors_origins")
 _MAY_BE_NULL = frozenset(("access_token_ttl", "refresh_idle_ttl", "refresh_absolute_ttl"))
 
 
@@ -133,10 +135,10 @@ def clients_router(
     callers: Callers, clients: Clients, access_rules: Access, audit: AuditTrail, cursors: Cursors
 ) -> APIRouter:
     """Return the routes under `/v1/admin/clients`."""
-    router = APIRouter(prefix="/v1/admin/clients", tags=["clients"], route_class=StrictRoute)
+    router = api_routes("/v1/admin/clients", tag="clients")
     Reading = Annotated[Entry, Depends(callers.needs("clients:read"))]  # noqa: N806  # a type
-    Writing = Annotated[Entry, Depends(callers.needs("clients:write"))]  # noqa: N806  # a type
-    Making = Annotated[Entry, Depends(callers.needs("clients:write", first_hand=True))]  # noqa: N806  # a type
+    Taking = Annotated[Entry, Depends(callers.needs("clients:write"))]  # noqa: N806  # a type
+    Giving = Annotated[Entry, Depends(callers.needs("clients:write", first_hand=True))]  # noqa: N806  # a type
 
     async def check_scope(tx: Transaction, caller: Caller, scope: list[str]) -> None:
         """Raise Invalid for scopes that do not exist, Forbidden for those the caller could not hand on."""
@@ -174,7 +176,7 @@ def clients_router(
         return Page(items=[ClientShown.of(client) for client in page], next_cursor=following)
 
     @router.post("", status_code=201, responses=problems())
-    async def create(entry: Making, body: ClientCreation) -> ClientCreated:
+    async def create(entry: Giving, body: ClientCreation) -> ClientCreated:
         """Register a client."""
         said = body.said()
 
@@ -184,12 +186,12 @@ def clients_router(
                 client, secret = await clients.register(tx, NewClient(**said))
             except InvalidClientMetadata as error:
                 raise _invalid(error) from None
-            await record(tx, caller, "client.created", client.id)
+            await record(tx, caller, "client.created", client.id, _told(client, said))
             return ClientCreated(client=ClientShown.of(client), client_secret=secret.reveal() if secret else None)
 
         return await entry.run(work)
 
-    @router.get("/{client_id}", responses=problems(404))
+    @router.get("/{client_id}", responses=problems())
     async def read(entry: Reading, client_id: ClientId, response: Response) -> ClientShown:
         """Return a client."""
 
@@ -200,9 +202,9 @@ def clients_router(
 
         return tagged(response, await entry.run(work))
 
-    @router.patch("/{client_id}", responses=problems(404, 412))
+    @router.patch("/{client_id}", responses=problems(412))
     async def change(
-        entry: Writing, client_id: ClientId, body: ClientPatch, response: Response, if_match: IfMatch = None
+        entry: Giving, client_id: ClientId, body: ClientPatch, response: Response, if_match: IfMatch = None
     ) -> ClientShown:
         """Change what a client is registered with; tokens that were issued stay good until they expire."""
         said = body.said()
@@ -216,7 +218,7 @@ def clients_router(
                 changed = await clients.update(tx, client, said)
             except InvalidClientMetadata as error:
                 raise _invalid(error) from None
-            await record(tx, caller, "client.updated", client_id, {"fields": sorted(said)})
+            await record(tx, caller, "client.updated", client_id, {"members": sorted(said), **_told(changed, said)})
             return ClientShown.of(changed)
 
         return tagged(response, await entry.run(work))
@@ -231,18 +233,18 @@ def clients_router(
 
         await entry.run(work)
 
-    @router.post("/{client_id}/disable", status_code=204, responses=problems(404))
-    async def disable(entry: Writing, client_id: ClientId) -> None:
+    @router.post("/{client_id}/disable", status_code=204, responses=problems())
+    async def disable(entry: Taking, client_id: ClientId) -> None:
         """Disable a client; its families and tokens end with it."""
         await set_enabled(entry, client_id, False)
 
-    @router.post("/{client_id}/enable", status_code=204, responses=problems(404))
-    async def enable(entry: Writing, client_id: ClientId) -> None:
+    @router.post("/{client_id}/enable", status_code=204, responses=problems())
+    async def enable(entry: Giving, client_id: ClientId) -> None:
         """Enable a client again; what ended stays ended."""
         await set_enabled(entry, client_id, True)
 
-    @router.delete("/{client_id}", status_code=204, responses=problems(404, 409))
-    async def remove(entry: Writing, client_id: ClientId) -> None:
+    @router.delete("/{client_id}", status_code=204, responses=problems(409))
+    async def remove(entry: Taking, client_id: ClientId) -> None:
         """Forget a client that was disabled before, with its secrets, keys and families."""
 
         async def work(tx: Transaction, caller: Caller) -> None:
@@ -253,7 +255,7 @@ def clients_router(
 
         await entry.run(work)
 
-    @router.get("/{client_id}/secrets", responses=problems(404))
+    @router.get("/{client_id}/secrets", responses=problems())
     async def list_secrets(entry: Reading, client_id: ClientId) -> list[SecretShown]:
         """List when a client's secrets were made and end."""
 
@@ -265,9 +267,9 @@ def clients_router(
 
         return await entry.run(work)
 
-    @router.post("/{client_id}/secrets", status_code=201, responses=problems(404, 409))
+    @router.post("/{client_id}/secrets", status_code=201, responses=problems(409))
     async def rotate_secret(
-        entry: Making, client_id: ClientId, body: Annotated[SecretCreation | None, Body()] = None
+        entry: Giving, client_id: ClientId, body: Annotated[SecretCreation | None, Body()] = None
     ) -> SecretCreated:
         """Make a new secret; those that exist end after the overlap, and at most two are live."""
         overlap = (body or SecretCreation()).overlap
@@ -281,8 +283,8 @@ def clients_router(
 
         return await entry.run(work)
 
-    @router.delete("/{client_id}/secrets/{secret_id}", status_code=204, responses=problems(404))
-    async def end_secret(entry: Writing, client_id: ClientId, secret_id: uuid.UUID) -> None:
+    @router.delete("/{client_id}/secrets/{secret_id}", status_code=204, responses=problems())
+    async def end_secret(entry: Taking, client_id: ClientId, secret_id: uuid.UUID) -> None:
         """End one secret at once."""
 
         async def work(tx: Transaction, caller: Caller) -> None:
@@ -294,6 +296,11 @@ def clients_router(
         await entry.run(work)
 
     return router
+
+
+def _told(client: Client, said: Collection[str]) -> dict[str, list[str]]:
+    """Return what the audit trail tells of a client: the lists that say what it may do and from where."""
+    return {name: sorted(getattr(client, name)) for name in _TOLD if name in said}
 
 
 def _invalid(error: InvalidClientMetadata) -> Invalid:

@@ -13,7 +13,7 @@ from identity_service.web.callers import Caller, Callers, Entry, note
 from identity_service.web.documented import problems
 from identity_service.web.paging import IfMatch, check_if_match, tagged
 from identity_service.web.problems import Conflict, Fault, Forbidden, Invalid, NotFound
-from identity_service.web.strict import StrictModel, StrictRoute
+from identity_service.web.strict import StrictModel, api_routes
 
 RoleName = Annotated[str, Path(max_length=64)]
 ScopeName = Annotated[str, Query(min_length=1, max_length=128)]
@@ -81,9 +81,9 @@ class ScopeShown(BaseModel):
 
 def roles_router(callers: Callers, rules: Access, audit: AuditTrail) -> APIRouter:
     """Return the routes under `/v1/admin/roles` and `/v1/admin/scopes`."""
-    router = APIRouter(prefix="/v1/admin", tags=["roles"], route_class=StrictRoute)
+    router = api_routes("/v1/admin", tag="roles")
     Reading = Annotated[Entry, Depends(callers.needs("roles:read"))]  # noqa: N806  # a type
-    Writing = Annotated[Entry, Depends(callers.needs("roles:write"))]  # noqa: N806  # a type
+    Writing = Annotated[Entry, Depends(callers.needs("roles:write", first_hand=True))]  # noqa: N806  # a type
 
     async def record(
         tx: Transaction, caller: Caller, event: str, target: str, detail: dict[str, Any] | None = None
@@ -123,8 +123,6 @@ def roles_router(callers: Callers, rules: Access, audit: AuditTrail) -> APIRoute
         """Make a role."""
 
         async def work(tx: Transaction, caller: Caller) -> RoleShown:
-            parent = await rules.role(tx, body.parent) if body.parent is not None else None
-            check_grant(caller, set(body.scopes) & await known(tx) | (parent.held if parent else frozenset()))
             try:
                 role = await rules.create_role(
                     tx, body.name, parent=body.parent, description=body.description, names=body.scopes
@@ -133,15 +131,13 @@ def roles_router(callers: Callers, rules: Access, audit: AuditTrail) -> APIRoute
                 raise _invalid(error) from None
             except InUse as error:
                 raise Conflict(str(error)) from None
+            check_grant(caller, role.held)
             await record(tx, caller, "role.created", role.name, {"scopes": list(role.scopes)})
             return RoleShown.of(role)
 
         return await entry.run(work)
 
-    async def known(tx: Transaction) -> set[str]:
-        return {scope.name for scope in await rules.defined(tx)}
-
-    @router.get("/roles/{name}", responses=problems(404))
+    @router.get("/roles/{name}", responses=problems())
     async def read_role(entry: Reading, name: RoleName, response: Response) -> RoleShown:
         """Return a role."""
 
@@ -152,7 +148,7 @@ def roles_router(callers: Callers, rules: Access, audit: AuditTrail) -> APIRoute
 
         return tagged(response, await entry.run(work))
 
-    @router.patch("/roles/{name}", responses=problems(404, 412))
+    @router.patch("/roles/{name}", responses=problems(412))
     async def change_role(
         entry: Writing, name: RoleName, body: RolePatch, response: Response, if_match: IfMatch = None
     ) -> RoleShown:
@@ -163,20 +159,24 @@ def roles_router(callers: Callers, rules: Access, audit: AuditTrail) -> APIRoute
         async def work(tx: Transaction, caller: Caller) -> RoleShown:
             role = await changeable(tx, caller, name)
             check_if_match(if_match, RoleShown.of(role))
-            check_grant(caller, set(scopes or ()) & await known(tx))
             if scopes is not None and not set(role.scopes) <= set(scopes):
                 await check_those_above(tx, caller, name)
             try:
                 changed = await rules.update_role(tx, name, description=description, names=scopes)
             except InvalidRole as error:
                 raise _invalid(error) from None
-            detail = {"added": sorted(changed.held - role.held), "removed": sorted(role.held - changed.held)}
-            await record(tx, caller, "role.updated", name, detail)
+            check_grant(caller, changed.held - role.held)  # as it was written: a scope may have been defined just now
+            gone, new = sorted(role.held - changed.held), sorted(changed.held - role.held)
+            for event, moved in (("role.withdrawn", gone), ("role.granted", new)):
+                if moved:
+                    await record(tx, caller, event, name, {"scopes": moved})
+            if description is not None:
+                await record(tx, caller, "role.updated", name)
             return RoleShown.of(changed)
 
         return tagged(response, await entry.run(work))
 
-    @router.delete("/roles/{name}", status_code=204, responses=problems(404, 409))
+    @router.delete("/roles/{name}", status_code=204, responses=problems(409))
     async def delete_role(entry: Writing, name: RoleName) -> None:
         """Delete a role that nobody has."""
 
@@ -212,7 +212,7 @@ def roles_router(callers: Callers, rules: Access, audit: AuditTrail) -> APIRoute
 
         return await entry.run(work)
 
-    @router.patch("/scopes", responses=problems(404))
+    @router.patch("/scopes", responses=problems())
     async def change_scope(entry: Writing, name: ScopeName, body: ScopePatch) -> ScopeShown:
         """Say what a scope is for."""
 
@@ -224,7 +224,7 @@ def roles_router(callers: Callers, rules: Access, audit: AuditTrail) -> APIRoute
 
         return await entry.run(work)
 
-    @router.delete("/scopes", status_code=204, responses=problems(404, 409))
+    @router.delete("/scopes", status_code=204, responses=problems(409))
     async def delete_scope(entry: Writing, name: ScopeName) -> None:
         """Delete a scope that no role holds and no client may ask for."""
 

@@ -11,7 +11,7 @@ from identity_service.oauth.signing_keys import Actor, KeyActs, KeyRecord, KeySt
 from identity_service.web.callers import Caller, Callers, Entry
 from identity_service.web.documented import problems
 from identity_service.web.problems import Conflict, NotFound
-from identity_service.web.strict import StrictRoute
+from identity_service.web.strict import api_routes
 
 Kid = Annotated[str, Path(max_length=64)]
 
@@ -43,7 +43,7 @@ class SigningKeyShown(BaseModel):
 
 def signing_keys_router(callers: Callers, keys: SigningKeys, acts: KeyActs) -> APIRouter:
     """Return the routes under `/v1/admin/signing-keys`."""
-    router = APIRouter(prefix="/v1/admin/signing-keys", tags=["signing keys"], route_class=StrictRoute)
+    router = api_routes("/v1/admin/signing-keys", tag="signing keys")
     Reading = Annotated[Entry, Depends(callers.needs("keys:read"))]  # noqa: N806  # a type
     Writing = Annotated[Entry, Depends(callers.needs("keys:write"))]  # noqa: N806  # a type
 
@@ -71,7 +71,7 @@ def signing_keys_router(callers: Callers, keys: SigningKeys, acts: KeyActs) -> A
 
         return await entry.run(work)
 
-    @router.post("/{kid}/compromise", responses=problems(404, 409))
+    @router.post("/{kid}/compromise", responses=problems(409))
     async def compromise(entry: Writing, kid: Kid) -> list[SigningKeyShown]:
         """
         Take a key out of the JWKS of every replica within seconds; the published next key takes over at once.

@@ -15,7 +15,7 @@ from identity_service.infra.outbox import Outbox
 from identity_service.infra.runtime import Clock
 from identity_service.web.callers import Caller, Callers, Entry
 from identity_service.web.documented import problems
-from identity_service.web.strict import StrictRoute
+from identity_service.web.strict import api_routes
 
 EventCounts = Callable[[Transaction, str, datetime, datetime], Awaitable[Sequence[tuple[date, int]]]]
 """How often an event happened on each UTC day from an instant on and before another; quiet days may be left out."""
@@ -112,7 +112,7 @@ class Figures:
 
 def stats_router(callers: Callers, figures: Figures) -> APIRouter:
     """Return the route `/v1/admin/stats`."""
-    router = APIRouter(prefix="/v1/admin/stats", tags=["stats"], route_class=StrictRoute)
+    router = api_routes("/v1/admin/stats", tag="stats")
     Reading = Annotated[Entry, Depends(callers.needs("stats:read"))]  # noqa: N806  # a type
 
     async def nothing(_tx: Transaction, _caller: Caller) -> None:

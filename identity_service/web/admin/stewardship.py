@@ -72,7 +72,7 @@ class Stewardship:
     async def check_not_last(self, tx: Transaction, user: User) -> None:
         """Raise Conflict if nobody could do everything without `user`; the caller holds the administrators' lock."""
         if await self._users.is_last_super_admin(tx, user):
-            raise Conflict("Nobody could do everything any more.")
+            raise Conflict("This is the last super_admin. Make another one first.")
 
     async def record(
         self, tx: Transaction, caller: Caller, event: str, user: User, detail: Mapping[str, Any] | None = None

@@ -1,6 +1,5 @@
 """The operators' API about people."""
 
-import asyncio
 import uuid
 from datetime import datetime
 from typing import Annotated
@@ -8,22 +7,21 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Path, Query, Response
 from pydantic import BaseModel, StringConstraints
 
-from identity_service.accounts.access import Access
+from identity_service.accounts.access import ADMINISTRATORS_LOCK, Access
 from identity_service.accounts.api_keys import ApiKeys
-from identity_service.accounts.bootstrap import Bootstrap
 from identity_service.accounts.refresh_families import RefreshFamilies, Session
 from identity_service.accounts.users import InvalidUser, NameTaken, State, User, Users
 from identity_service.infra.audit import AuditTrail
 from identity_service.infra.database import Transaction
-from identity_service.web.account.device import devices_of
-from identity_service.web.account.parts import Mail, account_routes, invalid
-from identity_service.web.account.sessions import SessionShown
+from identity_service.infra.outbox import MailQueueFull
+from identity_service.web.account.parts import Mail, invalid, tell
+from identity_service.web.account.sessions import SessionShown, session_page
 from identity_service.web.admin.stewardship import Stewardship, identified
 from identity_service.web.callers import Caller, Callers, Entry
 from identity_service.web.documented import problems
 from identity_service.web.paging import Cursors, CursorText, IfMatch, Limit, Page, check_if_match, tagged
 from identity_service.web.problems import Conflict, NotFound
-from identity_service.web.strict import Label, StrictModel
+from identity_service.web.strict import Label, StrictModel, api_routes
 
 _TAKEN = "The username or the address belongs to somebody already."
 
@@ -113,9 +111,10 @@ def users_router(
     mail: Mail | None,
 ) -> APIRouter:
     """Return the routes under `/v1/admin/users`; `mail` is None where no mail can be sent."""
-    router = account_routes("/v1/admin/users", tag="users")
+    router = api_routes("/v1/admin/users", tag="users")
     Reading = Annotated[Entry, Depends(callers.needs("users:read"))]  # noqa: N806  # a type
-    Writing = Annotated[Entry, Depends(callers.needs("users:write"))]  # noqa: N806  # a type
+    Taking = Annotated[Entry, Depends(callers.needs("users:write"))]  # noqa: N806  # a type
+    Giving = Annotated[Entry, Depends(callers.needs("users:write", first_hand=True))]  # noqa: N806  # a type
     stewards = Stewardship(users, rules, audit)
 
     async def invite(tx: Transaction, caller: Caller, user: User) -> bool:
@@ -154,7 +153,7 @@ def users_router(
         )
 
     @router.post("", status_code=201, responses=problems(409))
-    async def create_user(entry: Writing, body: UserCreation, response: Response) -> UserShown:
+    async def create_user(entry: Giving, body: UserCreation, response: Response) -> UserShown:
         """Make a user without a password; where mail can be sent, a mail asks them to choose one."""
 
         async def work(tx: Transaction, caller: Caller) -> UserShown:
@@ -179,7 +178,7 @@ def users_router(
 
         return tagged(response, await entry.run(work))
 
-    @router.get("/{user_id}", responses=problems(404))
+    @router.get("/{user_id}", responses=problems())
     async def read_user(entry: Reading, user_id: UserId, response: Response) -> UserShown:
         """Return a user, also one that was deleted."""
 
@@ -190,9 +189,9 @@ def users_router(
 
     # -- changing -------------------------------------------------------------------------------------------------
 
-    @router.patch("/{user_id}", responses=problems(404, 409, 412))
+    @router.patch("/{user_id}", responses=problems(409, 412))
     async def change_user(
-        entry: Writing, user_id: UserId, body: UserPatch, response: Response, if_match: IfMatch = None
+        entry: Giving, user_id: UserId, body: UserPatch, response: Response, if_match: IfMatch = None
     ) -> UserShown:
         """
         Change what somebody is called, or their address, which is unproven then.
@@ -223,7 +222,7 @@ def users_router(
                 raise Conflict(_TAKEN) from None
             if changed.email != user.email and mail is not None:
                 await mail.tokens.revoke_all(tx, user.id)
-                await mail.outbox.enqueue(tx, template="email_changed", recipient=user.email, context={})
+                await tell(mail, tx, "email_changed", user)
                 await mail.recovery.send(tx, "verify_email", changed, origin=caller.origin)
             members = [member for member in sorted(given) if getattr(changed, member) != getattr(user, member)]
             if members:
@@ -232,8 +231,8 @@ def users_router(
 
         return tagged(response, await entry.run(work))
 
-    @router.post("/{user_id}/disable", status_code=204, responses=problems(404, 409))
-    async def disable_user(entry: Writing, user_id: UserId) -> None:
+    @router.post("/{user_id}/disable", status_code=204, responses=problems(409))
+    async def disable_user(entry: Taking, user_id: UserId) -> None:
         """Disable somebody; their sessions end."""
 
         async def work(tx: Transaction, caller: Caller) -> None:
@@ -244,10 +243,10 @@ def users_router(
                 await users.set_enabled(tx, user.id, False)
                 await stewards.record(tx, caller, "user.disabled", user)
 
-        await entry.run(work, lock=Bootstrap.LOCK)
+        await entry.run(work, lock=ADMINISTRATORS_LOCK)
 
-    @router.post("/{user_id}/enable", status_code=204, responses=problems(404))
-    async def enable_user(entry: Writing, user_id: UserId) -> None:
+    @router.post("/{user_id}/enable", status_code=204, responses=problems())
+    async def enable_user(entry: Giving, user_id: UserId) -> None:
         """Enable somebody again; sessions that ended stay ended."""
 
         async def work(tx: Transaction, caller: Caller) -> None:
@@ -256,10 +255,10 @@ def users_router(
                 await users.set_enabled(tx, user.id, True)
                 await stewards.record(tx, caller, "user.enabled", user)
 
-        await entry.run(work, lock=Bootstrap.LOCK)
+        await entry.run(work, lock=ADMINISTRATORS_LOCK)
 
-    @router.put("/{user_id}/role", responses=problems(404, 409))
-    async def change_role(entry: Writing, user_id: UserId, body: RoleChange) -> UserShown:
+    @router.put("/{user_id}/role", responses=problems(409))
+    async def change_role(entry: Giving, user_id: UserId, body: RoleChange) -> UserShown:
         """Give somebody another role; at our own API they gain and lose with it at once."""
 
         async def work(tx: Transaction, caller: Caller) -> UserShown:
@@ -275,33 +274,25 @@ def users_router(
                 await stewards.record(tx, caller, "user.role_changed", user, {"from": user.role, "to": body.role})
             return await shown(tx, user)
 
-        return await entry.run(work, lock=Bootstrap.LOCK)
+        return await entry.run(work, lock=ADMINISTRATORS_LOCK)
 
     # -- sessions and passwords -----------------------------------------------------------------------------------
 
-    @router.get("/{user_id}/sessions", responses=problems(404))
+    @router.get("/{user_id}/sessions", responses=problems())
     async def list_sessions(
         entry: Reading, user_id: UserId, limit: Limit = 50, cursor: CursorText = None
     ) -> Page[SessionShown]:
         """List somebody's live sessions, the most recently used first."""
-        filters = {"user": user_id}
-        place = cursors.read("users.sessions", filters, cursor)
 
         async def work(tx: Transaction, caller: Caller) -> list[Session]:
             user = await stewards.known(tx, user_id)
             return await families.sessions(tx, user.id, caller.session_id)
 
         held = await entry.run(work)
-        left = [session for session in held if place is None or session.place < place]
-        page = left[:limit]
-        devices = await asyncio.to_thread(devices_of, [session.user_agent for session in page])
-        return Page[SessionShown](
-            items=[SessionShown.of(session, devices[session.user_agent]) for session in page],
-            next_cursor=cursors.write("users.sessions", filters, page[-1].place) if len(left) > limit else None,
-        )
+        return await session_page(cursors, "users.sessions", user_id, cursor, held, limit)
 
-    @router.delete("/{user_id}/sessions", status_code=204, responses=problems(404))
-    async def end_sessions(entry: Writing, user_id: UserId) -> None:
+    @router.delete("/{user_id}/sessions", status_code=204, responses=problems())
+    async def end_sessions(entry: Taking, user_id: UserId) -> None:
         """Sign somebody out everywhere."""
 
         async def work(tx: Transaction, caller: Caller) -> None:
@@ -311,8 +302,8 @@ def users_router(
 
         await entry.run(work)
 
-    @router.delete("/{user_id}/sessions/{session_id}", status_code=204, responses=problems(404))
-    async def end_session(entry: Writing, user_id: UserId, session_id: SessionId) -> None:
+    @router.delete("/{user_id}/sessions/{session_id}", status_code=204, responses=problems())
+    async def end_session(entry: Taking, user_id: UserId, session_id: SessionId) -> None:
         """Sign somebody out in one place."""
 
         async def work(tx: Transaction, caller: Caller) -> None:
@@ -323,24 +314,29 @@ def users_router(
 
         await entry.run(work)
 
-    @router.post("/{user_id}/force-password-reset", responses=problems(404))
-    async def force_password_reset(entry: Writing, user_id: UserId) -> PasswordResetForced:
+    @router.post("/{user_id}/force-password-reset", responses=problems(409))
+    async def force_password_reset(entry: Taking, user_id: UserId) -> PasswordResetForced:
         """Forget somebody's password, end their sessions and keys; where mail can be sent, a mail asks for another."""
 
         async def work(tx: Transaction, caller: Caller) -> PasswordResetForced:
             user = await stewards.charge(tx, caller, user_id)
             stewards.check_other(caller, user, "Change your own password where the old one is asked for.")
+            if user.has_password:  # or there is nothing to forget, and a mail may still be wanted
+                await stewards.check_not_last(tx, user)
             await users.clear_password(tx, user.id)
             await api_keys.revoke_all(tx, user.id)
             await stewards.record(tx, caller, "user.password_reset_forced", user)
-            return PasswordResetForced(mail_sent=await invite(tx, caller, user))
+            try:
+                return PasswordResetForced(mail_sent=await invite(tx, caller, user))
+            except MailQueueFull:  # whoever fills the queue must not keep a stolen password alive
+                return PasswordResetForced(mail_sent=False)
 
-        return await entry.run(work)
+        return await entry.run(work, lock=ADMINISTRATORS_LOCK)
 
     # -- leaving and coming back ----------------------------------------------------------------------------------
 
-    @router.delete("/{user_id}", status_code=204, responses=problems(404, 409))
-    async def delete_user(entry: Writing, user_id: UserId, purge: Annotated[bool, Query()] = False) -> None:
+    @router.delete("/{user_id}", status_code=204, responses=problems(409))
+    async def delete_user(entry: Taking, user_id: UserId, purge: Annotated[bool, Query()] = False) -> None:
         """
         Delete somebody: everything of theirs ends at once, and their names are free.
 
@@ -359,10 +355,10 @@ def users_router(
                 await users.delete(tx, user.id)
             await stewards.record(tx, caller, "user.purged" if purge else "user.deleted", user)
 
-        await entry.run(work, lock=Bootstrap.LOCK)
+        await entry.run(work, lock=ADMINISTRATORS_LOCK)
 
-    @router.post("/{user_id}/restore", responses=problems(404, 409))
-    async def restore_user(entry: Writing, user_id: UserId) -> UserShown:
+    @router.post("/{user_id}/restore", responses=problems(409))
+    async def restore_user(entry: Giving, user_id: UserId) -> UserShown:
         """
         Undo a deletion: the names come back, sessions, API keys and the password do not.
 
@@ -382,6 +378,6 @@ def users_router(
             await invite(tx, caller, restored)
             return UserShown.of(restored)
 
-        return await entry.run(work, lock=Bootstrap.LOCK)
+        return await entry.run(work, lock=ADMINISTRATORS_LOCK)
 
     return router

@@ -133,8 +133,9 @@ def _argon2(found: re.Match[str]) -> StoredHash:
     _must(passes <= _ARGON2_PASSES, "argon2 with more than 10 passes")
     _must(lanes <= _LANES, "argon2 with more than 16 lanes")
     _must(memory >= 8 * lanes, "it is damaged")
-    _bytes(found["salt"], shortest=8)
-    _digest(found["digest"])
+    for name, value in (("salt", _bytes(found["salt"], shortest=8)), ("digest", _digest(found["digest"]))):
+        # The library knows one spelling of each value only, and would refuse every password for another one.
+        _must(binascii.b2a_base64(value, newline=False).rstrip(b"=") == found[name].encode("ascii"), "it is damaged")
     current = found["type"] == "id" and found["version"] == "19"
     return StoredHash(
         f"argon2{found['type']}",
