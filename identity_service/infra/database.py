@@ -22,6 +22,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, Operation
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from identity_service.infra.runtime import to_its_end
 from identity_service.infra.tables import locks
 
 log = structlog.get_logger(__name__)
@@ -215,7 +216,7 @@ class Transaction:
         finally:
             self._connection = self._driver = None
             closing = connection.close()  # rolls back what was not committed
-            await (closing if error is None else asyncio.shield(closing))  # an error may be a cancellation
+            await (closing if error is None else to_its_end(closing))  # an error may be a cancellation
 
 
 @final

@@ -15,6 +15,7 @@ from prometheus_client import Counter, Gauge
 
 from identity_service.infra.database import Database, DatabaseUnavailable, Transaction
 from identity_service.infra.leases import Leases, LeaseState
+from identity_service.infra.runtime import to_its_end
 
 log = structlog.get_logger(__name__)
 
@@ -56,7 +57,7 @@ async def run_once(db: Database, leases: Leases, job: LeasedJob) -> bool:
         log.warning("job.unfinished", job=job.name)  # it goes on in the next run
     finally:
         with contextlib.suppress(DatabaseUnavailable):  # then the lease runs out by itself
-            await asyncio.shield(db.run(lambda tx: leases.give_back(tx, job.name, done=done)))
+            await to_its_end(db.run(lambda tx: leases.give_back(tx, job.name, done=done)))
     return done
 
 

@@ -94,6 +94,33 @@ async def test_a_lease_done_by_a_clock_that_ran_ahead_is_due_again(db: Database,
     assert await take(db, Leases(clock))
 
 
+async def test_who_is_stopped_while_giving_back_has_given_back_when_it_ends(
+    db: Database, clock: FrozenClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stops a server closes the database next: nothing may still be on its way then."""
+    began, go_on = asyncio.Event(), asyncio.Event()
+    give = Leases.give_back
+
+    async def slowly(self: Leases, tx: Transaction, name: str, *, done: bool) -> None:
+        began.set()
+        await go_on.wait()
+        await give(self, tx, name, done=done)
+
+    async def step() -> None:
+        return
+
+    monkeypatch.setattr(Leases, "give_back", slowly)
+    running = asyncio.create_task(run_once(db, Leases(clock), LeasedJob("cleanup", 60, 300, step)))
+    await began.wait()
+    running.cancel()
+    assert await asyncio.wait([running], timeout=0.1) == (set(), {running})
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    clock.advance(60)
+    assert await take(db, Leases(clock))
+
+
 async def test_two_that_ask_at_the_same_instant_do_not_both_get_it(database_url: str, clock: FrozenClock) -> None:
     """The second waits for the first transaction, which is held open by hand, and then finds the lease taken."""
     db = Database(database_url)
