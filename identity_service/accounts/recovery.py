@@ -18,8 +18,11 @@ from identity_service.infra.database import Transaction
 from identity_service.infra.outbox import Outbox
 from identity_service.infra.runtime import Secret
 
-MailPurpose = EmailPurpose | Literal["registration"]
-"""What mails are limited by: what their link is for, and apart from that the first one of somebody who registers."""
+MailPurpose = EmailPurpose | Literal["registration", "registration_declined"]
+"""
+What mails are limited by: what their link is for, and apart from that the first one of somebody who registers, and
+those that tell what was taken. Nothing that strangers do with an address must use up what its owner asks for.
+"""
 
 _REQUESTED: Mapping[OrderedPurpose, str] = {
     "verify_email": "email_verification.requested",

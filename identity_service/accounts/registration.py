@@ -108,6 +108,7 @@ class Registration:
             target=str(owner.id) if owner else f"name:{self._data_keys.hash_name(canonical_name(person.username))}",
             client_id=None,
             detail={"taken": taken.which},
+            genuine=owner is not None,
         )
         if self.mode == "private" and self._outbox is not None and may_mail:
             if owner is None:

@@ -273,10 +273,10 @@ class Callers:
             self._guesses.check(who)
             await self._guesses.book(who, f"k:{origin.network}")
             raise Unauthenticated("invalid_token", reason=f"api_key_{_word(held)}")
-        # Only a key that is right spends from its own limit: its id is no secret, and strangers could use it up.
-        request.scope["state"]["headers"] = await spend(self._limiter, [Spend(self._api_key, presented.key_id)])
         if isinstance(held, KeyRefused):
             raise Forbidden("The key may not be used from here.")
+        # Only a key that is right, and where it may be used, spends from its own limit: a finder must not use it up.
+        request.scope["state"]["headers"] = await spend(self._limiter, [Spend(self._api_key, presented.key_id)])
         if rule.scope is not None and rule.scope not in held.scope:
             raise InsufficientScope(rule.scope)
         if rule.first_hand:

@@ -262,6 +262,7 @@ class ClientAuthenticator:
                 target=client.id if client else f"name:{self._keys.hash_name(pair[0])}",
                 client_id=client.id if client else None,
                 detail={},
+                genuine=client is not None,
             )
         )
 

@@ -95,6 +95,7 @@ FIRST_HAND = {
     *(("POST", "/v1/admin/users/{user_id}/enable"), ("POST", "/v1/admin/users/{user_id}/restore")),
     *(("PATCH", "/v1/admin/clients/{client_id}"), ("POST", "/v1/admin/clients/{client_id}/enable")),
     *(("POST", "/v1/admin/roles"), ("PATCH", "/v1/admin/roles/{name}"), ("DELETE", "/v1/admin/roles/{name}")),
+    ("POST", "/v1/admin/signing-keys/{kid}/compromise"),
     *((method, "/v1/admin/scopes") for method in ("POST", "PATCH", "DELETE")),
     *(("DELETE", "/v1/users/me"), ("POST", "/v1/users/me/email"), ("POST", "/v1/users/me/password")),
     *(("GET", "/v1/users/me/export"), ("POST", "/v1/users/me/api-keys")),

@@ -784,3 +784,17 @@ async def test_what_is_exchanged_never_comes_from_the_url(api: Service) -> None:
     for name in ("subject_token", "actor_token", "resource", "audience"):
         answer = await post(api, "grant_type=x", client=gateway, path=f"/token?{name}={key.text}")
         refusal(answer, "invalid_request", key.text)
+
+
+@pytest.mark.case("KEY-12")
+async def test_whoever_found_a_key_does_not_use_it_up_from_where_it_is_not_good(
+    database_url: str, redis_url: str
+) -> None:
+    """Refused for the place it comes from, it spends nothing of the owner's budget."""
+    settings = test_settings(database_url, redis_url=redis_url, api_key_rate=4, trusted_proxies=("127.0.0.1",))
+    async with running(settings) as service:
+        key = await a_key(service, await service.a_user(), "account:read", networks=["198.51.100.7/32"])
+        for where, status, times in (("203.0.113.9", 403, 5), ("198.51.100.7", 200, 2), ("198.51.100.7", 429, 1)):
+            for _ in range(times):
+                headers = {**key.header, "x-forwarded-for": where}
+                assert (await service.http.get("/v1/users/me", headers=headers)).status_code == status

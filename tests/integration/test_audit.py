@@ -208,8 +208,11 @@ async def test_no_noise_hides_which_key_or_which_session_was_abused(service: Ser
     assert (await key("GET")).status_code == 401
     body = {"current_password": "wrong password", "new_password": "a different battery"}
     assert (await mika("POST", "/password", body)).status_code == 403
+    for number in range(11):
+        made_up = (f"cl_{number}", "wrong")
+        await service.http.post("/token", data={"grant_type": "client_credentials"}, auth=made_up)
     await service.http.post("/token", data={"grant_type": "client_credentials"}, auth=(client.id, "wrong"))
-    assert [row.target for row in await service.events("client.authentication_failed")] == [client.id]
+    assert client.id in [row.target for row in await service.events("client.authentication_failed")]
     [refused] = await service.events("api_key.refused")
     assert refused.detail == {"reason": "revoked"}
     [guessed] = await service.events("reauthentication.failed")

@@ -95,6 +95,15 @@ async def test_two_changes_at_once_do_not_both_match(database_url: str) -> None:
             assert (await second).status_code == 412
 
 
+async def test_a_key_does_not_use_up_its_owners_tries_at_a_username(anywhere: Service) -> None:
+    """It may not change the name, so it spends nothing."""
+    user = await anywhere.a_user("mika")
+    script, mika = await with_key(anywhere, user), await signed_in(anywhere, user)
+    for _ in range(12):
+        assert (await script("PATCH", json={"username": "script"})).status_code == 403
+    assert (await mika("PATCH", json={"username": "hakkinen"})).status_code == 200
+
+
 @pytest.mark.case("ACC-04")
 async def test_nobody_finds_out_by_trying_which_usernames_there_are(anywhere: Service) -> None:
     """A refusal says that a name is taken; ten an hour say it, and a name for oneself takes one."""

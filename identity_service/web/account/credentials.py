@@ -11,7 +11,7 @@ from identity_service.accounts.recovery import mail_key
 from identity_service.accounts.users import InvalidUser, User, check_email
 from identity_service.infra.database import Transaction
 from identity_service.infra.ratelimit import Limited, Spend
-from identity_service.infra.ratelimit.catalogue import EMAIL_CHANGE, MAIL_ADDRESS, MAIL_NETWORK, PASSWORD_CHANGE_DONE
+from identity_service.infra.ratelimit.catalogue import EMAIL_CHANGE, MAIL_ADDRESS, PASSWORD_CHANGE_DONE
 from identity_service.infra.runtime import Secret
 from identity_service.web.account.parts import (
     Accepted,
@@ -125,11 +125,7 @@ def credentials_router(parts: AccountParts) -> APIRouter:
                         tx, user, body.email, origin=caller.origin, client_id=caller.client_id
                     )
 
-            limits = [
-                Spend(MAIL_NETWORK, f"n:{entry.origin.network}"),
-                Spend(EMAIL_CHANGE, f"u:{person.id}"),
-            ]
-            async with if_done(parts.limiter, limits):
+            async with if_done(parts.limiter, [Spend(EMAIL_CHANGE, f"u:{person.id}")]):
                 facts = await reauthentication.demand(entry, body.password, act="email")
                 # Not told: others may have asked for this address, and that is not this person's fault.
                 may_mail = not isinstance(await parts.limiter.spend(mailed), Limited)

@@ -74,8 +74,6 @@ def profile_router(parts: AccountParts) -> APIRouter:
         """Change the username or the name; sessions stay."""
 
         async def change(tx: Transaction, caller: Caller) -> Profile:
-            if "username" in body.model_fields_set and not caller.first_hand:
-                raise Forbidden("The username is changed from a session of the person's own.")
             user = await parts.users.locked(tx, person_of(caller).id)
             if user is None:
                 raise NotFound
@@ -97,8 +95,13 @@ def profile_router(parts: AccountParts) -> APIRouter:
                 await parts.record(tx, caller, "user.changed", str(user.id), {"members": members})
             return Profile.of(renamed)
 
+        async def whose(tx: Transaction, caller: Caller) -> str:
+            if not caller.first_hand:
+                raise Forbidden("The username is changed from a session of the person's own.")
+            return await limits_of(tx, caller)
+
         if "username" in body.model_fields_set:
-            await spend(parts.limiter, [Spend(USERNAME_CHANGE, await entry.run(limits_of))])
+            await spend(parts.limiter, [Spend(USERNAME_CHANGE, await entry.run(whose))])
         return tagged(response, await entry.run(change))
 
     return router

@@ -50,8 +50,8 @@ def registration_router(parts: AccountParts) -> APIRouter:
         """
         Register somebody, or find a name taken; what this refuses depends on nothing but what was sent.
 
-        The first mail of somebody new has a limit of its own, which nothing that was asked before about their address
-        uses up. It is also counted among the mails that prove an address, or tell that it is known already.
+        The first mail of somebody new has a limit of its own, and so have those that tell what is taken: what was asked
+        before about an address uses up nothing of what its owner asks for.
         """
         password = _checked(parts.policy, body)
         booked = [Spend(REGISTRATION_NETWORK, f"n:{visitor.origin.network}")]
@@ -59,16 +59,18 @@ def registration_router(parts: AccountParts) -> APIRouter:
         async with given_back(parts.limiter, booked):
             hashed = await parts.users.prepare_password(password, names=(body.username, body.email))
             person = NewPerson(body.username, body.email, body.name, hashed)
-            first, further = await booked_for_mail("registration", body), await booked_for_mail("verify_email", body)
+            first = await booked_for_mail("registration", body)
+            further = await booked_for_mail("registration_declined", body)
             async with given_back(parts.limiter, [*first, *further]):
                 outcome = await visitor.run(
                     lambda tx: parts.registration.register(
                         tx, person, may_welcome=bool(first), may_refuse=bool(further), origin=visitor.origin
                     )
                 )
-            if isinstance(outcome, Taken):
-                unused = first if mode == "private" else [*first, *further]
-                await parts.limiter.settle(refund=unused)
+            unused = [*further] if isinstance(outcome, User) else [*first]
+            if mode == "open" and isinstance(outcome, Taken):  # who is told at once gets no mail
+                unused += further
+            await parts.limiter.settle(refund=unused)
             return outcome
 
     if mode == "closed":

@@ -46,6 +46,7 @@ def signing_keys_router(callers: Callers, keys: SigningKeys, acts: KeyActs) -> A
     router = api_routes("/v1/admin/signing-keys", tag="signing keys")
     Reading = Annotated[Entry, Depends(callers.needs("keys:read"))]  # noqa: N806  # a type
     Writing = Annotated[Entry, Depends(callers.needs("keys:write"))]  # noqa: N806  # a type
+    Drastic = Annotated[Entry, Depends(callers.needs("keys:write", first_hand=True))]  # noqa: N806  # a type
 
     async def schedule(tx: Transaction) -> list[SigningKeyShown]:
         return [SigningKeyShown.of(record, state) for record, state in await keys.describe(tx)]
@@ -72,7 +73,7 @@ def signing_keys_router(callers: Callers, keys: SigningKeys, acts: KeyActs) -> A
         return await entry.run(work)
 
     @router.post("/{kid}/compromise", responses=problems(409))
-    async def compromise(entry: Writing, kid: Kid) -> list[SigningKeyShown]:
+    async def compromise(entry: Drastic, kid: Kid) -> list[SigningKeyShown]:
         """
         Take a key out of the JWKS of every replica within seconds; the published next key takes over at once.
 
