@@ -6,6 +6,8 @@ PostgreSQL is what the service runs on; SQLite is the embedded default for one m
 
 import asyncio
 import contextlib
+import os
+import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cache
@@ -44,6 +46,9 @@ _SERVER_OPTIONS = {
 _UNAVAILABLE_CLASSES = ("08", "53", "57", "58")
 _UNAVAILABLE_CODES = ("25006", "55P03", "25P03")
 _CONFLICT_CODES = ("40001", "40P01")
+# Seconds for one answer of PostgreSQL, and for a connection to it. It bounds its own statements more tightly, so this
+# ends only what hears nothing at all: a network that swallows everything, behind a balancer that keeps on accepting.
+_PATIENCE = 7.0
 
 
 class DatabaseUnavailable(Exception):
@@ -105,10 +110,15 @@ class Transaction:
     A request that needs no database (a client answered from memory) therefore costs it nothing.
     """
 
-    __slots__ = ("_connection", "_driver", "_engine", "_locks")
+    __slots__ = ("_asked_at", "_connection", "_driver", "_engine", "_locks", "_loop", "_patience", "_silent", "_watch")
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, patience: float = _PATIENCE) -> None:
+        """`patience` is how many seconds PostgreSQL may take to answer one statement, a commit or a connection."""
         self._engine = engine
+        self._patience = patience
+        self._silent = False
+        self._asked_at: float | None = None  # by the loop's clock; None while no answer is owed
+        self._watch: asyncio.TimerHandle | None = None
         self._locks: frozenset[str] = frozenset()
         self._connection: AsyncConnection | None = None
         self._driver: psycopg.AsyncConnection[Any] | None = None
@@ -126,9 +136,12 @@ class Transaction:
         """
         try:
             connection = self._connection or await self._connect()
-            return await connection.execute(statement, parameters)
+            self._asked_at = self._loop.time()
+            result = await connection.execute(statement, parameters)
         except (DBAPIError, PoolTimeout, OSError) as error:
-            raise _translate(error, committing=False) from error
+            raise self._translated(error, committing=False) from error
+        self._asked_at = None
+        return result
 
     async def fetch_hot(self, statement: TextualSelect, parameters: Mapping[str, Any]) -> Sequence[Any] | None:
         """
@@ -141,16 +154,15 @@ class Transaction:
             return (await self.execute(statement, parameters)).first()
         try:
             if self._driver is None:
-                connection = self._connection or await self._connect()
-                # The connection is open already, so looking beneath it needs no detour through the event loop.
-                proxied = connection.sync_connection
-                self._driver = proxied.connection.driver_connection if proxied else None
-                assert self._driver is not None  # noqa: S101  # the pool has just handed it out
+                await self._connect()
+            assert self._driver is not None  # noqa: S101  # a connection to PostgreSQL has one
+            self._asked_at = self._loop.time()
             cursor = await self._driver.execute(_driver_text(statement), parameters)
             row: Sequence[Any] | None = await cursor.fetchone()
-            return row
         except (psycopg.Error, DBAPIError, PoolTimeout, OSError) as error:
             raise await self._broken(error, committing=False) from error
+        self._asked_at = None
+        return row
 
     def insert(self, table: Table) -> postgresql.Insert | sqlite.Insert:
         """Return this database's own INSERT, which can leave alone a row that somebody else made meanwhile."""
@@ -179,9 +191,44 @@ class Transaction:
 
     async def _connect(self) -> AsyncConnection:
         connection = self._engine.connect()
-        await connection.start()
+        self._loop = asyncio.get_running_loop()
+        if self.on_sqlite:  # its patience is its own, and nobody can fall silent
+            await connection.start()
+        else:
+            async with asyncio.timeout(self._patience):
+                await connection.start()
+            # The connection is open already, so looking beneath it needs no detour through the event loop.
+            proxied = connection.sync_connection
+            self._driver = proxied.connection.driver_connection if proxied is not None else None
+            self._watch = self._loop.call_later(self._patience, self._look)
         self._connection = connection
         return connection
+
+    def _look(self) -> None:
+        """
+        End the connection when its server has owed an answer for too long; else look again when it could have.
+
+        Whoever waits for the answer then hears that the connection is lost. A cancellation would not do: the driver
+        answers one by asking the same silent server to cancel the statement.
+        """
+        driver, now = self._driver, self._loop.time()
+        if driver is None or driver.closed:
+            return
+        waited = now - self._asked_at if self._asked_at is not None else 0.0
+        if waited < self._patience:
+            self._watch = self._loop.call_later(self._patience - waited, self._look)
+            return
+        self._silent = True
+        log.warning("database.silent", seconds=round(waited, 1))
+        with socket.socket(fileno=os.dup(driver.fileno())) as line, contextlib.suppress(OSError):
+            line.shutdown(socket.SHUT_RDWR)
+
+    def _translated(self, error: Exception, *, committing: bool) -> Exception:
+        """Translate a failure. What was lost to silence is not tried again: that would take as long once more."""
+        translated = _translate(error, committing=committing)
+        if self._silent and isinstance(translated, TransactionConflict):
+            return DatabaseUnavailable("no answer")
+        return translated
 
     async def _broken(self, error: Exception, *, committing: bool) -> Exception:
         """
@@ -190,11 +237,12 @@ class Transaction:
         Its pool then doubts every connection that is as old: what ended this one, a restart, ended them as well, and
         otherwise each of them would fail a request of its own.
         """
-        if self._connection is not None and self._driver is not None and self._driver.closed:
+        lost = self._driver is not None and self._driver.closed and not self._silent  # the silent one still is
+        if self._connection is not None and lost:
             with contextlib.suppress(SQLAlchemyError):
                 await self._connection.rollback()
                 await self._connection.execute(select(1))
-        return _translate(error, committing=committing)
+        return self._translated(error, committing=committing)
 
     async def __aenter__(self) -> Self:
         return self
@@ -205,6 +253,7 @@ class Transaction:
         if self._connection is None:
             return
         connection = self._connection
+        self._asked_at = self._loop.time()
         try:
             if error is None:
                 if connection.in_transaction():
@@ -214,9 +263,19 @@ class Transaction:
         except (psycopg.Error, DBAPIError, OSError) as failure:
             raise await self._broken(failure, committing=True) from failure
         finally:
-            self._connection = self._driver = None
-            closing = connection.close()  # rolls back what was not committed
+            closing = self._close(connection)
             await (closing if error is None else to_its_end(closing))  # an error may be a cancellation
+
+    async def _close(self, connection: AsyncConnection) -> None:
+        """Roll back what was not committed, and give the connection back; watched, as long as that takes."""
+        try:
+            if self._driver is not None and self._driver.closed:
+                await connection.invalidate()  # or the pool would try, in vain and with a traceback, to roll it back
+            await connection.close()
+        finally:
+            self._connection = self._driver = None
+            if self._watch is not None:
+                self._watch.cancel()
 
 
 @final
@@ -224,14 +283,22 @@ class Database:
     """The engine and its pool. `transaction()` is the only way in."""
 
     def __init__(
-        self, url: str, *, pool_size: int = 10, pool_timeout: float = 2.0, options: Mapping[str, str] | None = None
+        self,
+        url: str,
+        *,
+        pool_size: int = 10,
+        pool_timeout: float = 2.0,
+        patience: float = _PATIENCE,
+        options: Mapping[str, str] | None = None,
     ) -> None:
         """
         Prepare the engine; nothing connects yet.
 
-        `pool_timeout` is in seconds: how long a request waits for a connection before it hears 503.
+        `pool_timeout` is in seconds: how long a request waits for a connection before it hears 503. `patience` as well:
+        how long PostgreSQL may owe an answer before the connection is given up, and the request hears 503.
         """
         self.url = make_url(url)
+        self._patience = patience
         if self.on_sqlite:
             if self.url.database:
                 Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
@@ -265,7 +332,7 @@ class Database:
 
     def transaction(self) -> Transaction:
         """Return a transaction to enter: it commits at the end of the block and rolls back on an exception."""
-        return Transaction(self.engine)
+        return Transaction(self.engine, self._patience)
 
     async def run(self, work: Callable[[Transaction], Awaitable[Answer]], *, attempts: int = 3) -> Answer:
         """

@@ -3,14 +3,22 @@
 import asyncio
 import contextlib
 import gc
+from collections.abc import AsyncIterator
 
 import psycopg
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import Integer, select, text
 from sqlalchemy.engine import make_url
 
-from identity_service.infra.database import Database
+from identity_service.infra.database import (
+    Database,
+    DatabaseUnavailable,
+    PoolExhausted,
+    Transaction,
+    TransactionConflict,
+)
 from identity_service.settings import UnsafeSettings
+from tests.support.fault_proxy import FaultProxy
 from tests.support.service import running, test_settings
 
 MOMENTS = [milliseconds / 1000 for milliseconds in range(0, 60, 3)]
@@ -72,4 +80,73 @@ async def test_who_is_cancelled_while_waiting_for_a_connection_keeps_none(databa
         await leave(db, 0.05)
     async with asyncio.timeout(3), db.transaction() as tx:
         assert (await tx.execute(select(1))).scalar_one() == 1
+    await db.close()
+
+
+# -- a server that falls silent ---------------------------------------------------------------------------------------
+
+HOT = text("SELECT 1 AS one").columns(one=Integer())
+PATIENCE = 0.5
+
+
+async def look(tx: Transaction) -> None:
+    """Use both ways to the database."""
+    await tx.execute(select(1))
+    await tx.fetch_hot(HOT, {})
+
+
+async def fall_silent_before(moment: str, db: Database, proxy: FaultProxy) -> None:
+    """Run a transaction whose server says nothing any more from this moment on."""
+    async with db.transaction() as tx:
+        await look(tx)
+        proxy.blackhole()
+        if moment == "a statement":
+            await tx.execute(select(1))
+        elif moment == "a hot statement":
+            await tx.fetch_hot(HOT, {})
+
+
+@pytest.fixture
+async def muted(database_url: str) -> AsyncIterator[tuple[Database, FaultProxy]]:
+    """A database of little patience behind a proxy that can swallow everything, with three connections in its pool."""
+    with FaultProxy.before(database_url) as proxy:
+        db = Database(proxy.through(database_url), pool_size=3, pool_timeout=0.3, patience=PATIENCE)
+        await asyncio.gather(*(db.run(look) for _ in range(3)))
+        yield db, proxy
+        proxy.heal()
+        await db.close()
+
+
+@pytest.mark.case("OPS-01")
+@pytest.mark.case("OPS-08")
+@pytest.mark.parametrize("moment", ["a statement", "a hot statement", "the commit"])
+async def test_a_server_that_falls_silent_is_not_waited_for(muted: tuple[Database, FaultProxy], moment: str) -> None:
+    """The network accepts and swallows, so no error comes by itself; afterwards the pool is as good as before."""
+    db, proxy = muted
+    with pytest.raises(DatabaseUnavailable) as refusal:
+        async with asyncio.timeout(20):
+            await fall_silent_before(moment, db, proxy)
+    assert not isinstance(refusal.value, TransactionConflict), "trying again would take as long once more"
+    proxy.heal()
+    for _ in range(2):
+        await asyncio.gather(*(db.run(look) for _ in range(3)), return_exceptions=True)
+    assert await asyncio.gather(*(db.run(look) for _ in range(3))) == [None] * 3
+
+
+async def test_everybody_who_meets_a_silent_server_hears_it_soon(muted: tuple[Database, FaultProxy]) -> None:
+    """Also those who wait for the connections that the others hold."""
+    db, proxy = muted
+    proxy.blackhole()
+    async with asyncio.timeout(20):
+        answers = await asyncio.gather(*(db.run(look) for _ in range(9)), return_exceptions=True)
+    assert {type(answer) for answer in answers} == {DatabaseUnavailable, PoolExhausted}
+
+
+async def test_who_thinks_between_two_statements_is_not_taken_for_silent(database_url: str) -> None:
+    """What counts is how long an answer is owed, not how long a transaction takes."""
+    db = Database(database_url, patience=PATIENCE)
+    async with db.transaction() as tx:
+        await look(tx)
+        await asyncio.sleep(3 * PATIENCE)
+        await look(tx)
     await db.close()
