@@ -49,14 +49,17 @@ class Settings(BaseSettings):
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
-    metrics_port: int | None = Field(None, ge=1, le=65535)
+    management_host: str = ""
+    management_port: int | None = Field(None, ge=1, le=65535)
     allowed_hosts: Words = ()
     trusted_proxies: Words = ()
     default_client_id: str | None = None
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_json: bool = True
     access_log: bool = True
+    shutdown_delay: float = Field(0, ge=0, le=120)
     shutdown_grace: int = Field(25, ge=0, le=600)
+    max_connections: int = Field(1000, ge=10, le=100_000)
 
     access_token_ttl: int = Field(600, ge=60, le=3600)
     refresh_idle_ttl: int = Field(14 * _DAY, ge=60, le=366 * _DAY)
@@ -141,6 +144,11 @@ class Settings(BaseSettings):
         """The database's URL; in development, unless one is named, a file in the data directory."""
         named = self.database_url.get_secret_value()
         return named or f"sqlite+aiosqlite:///{(self.data_dir / 'identity.db').absolute()}"
+
+    @property
+    def management_address(self) -> tuple[str, int] | None:
+        """Where probes and metrics are served, on the public listener's host unless named; None for nowhere."""
+        return None if self.management_port is None else (self.management_host or self.host, self.management_port)
 
     @property
     def on_sqlite(self) -> bool:

@@ -1,13 +1,15 @@
 """The commands that serve, and the one that prepares the database for it."""
 
+import asyncio
 import fcntl
 import gc
+import resource
 import signal
+import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
-from socket import socket
 from typing import Annotated, Any
 
 import structlog
@@ -20,7 +22,7 @@ from identity_service.infra import telemetry
 from identity_service.infra.database import DatabaseUnavailable
 from identity_service.infra.migrate import migrate as migrate_database
 from identity_service.infra.runtime.envelope import MasterKeyError
-from identity_service.main import create_app
+from identity_service.main import Application, create_app
 from identity_service.settings import Settings, UnsafeSettings
 from identity_service.web.asgi import AsgiApp, Receive, Scope, Send
 from identity_service.web.protocol import BoundedProtocol
@@ -61,21 +63,65 @@ def bring_up_to_date(settings: Settings) -> None:
 _REFUSALS = (UnsafeSettings, MasterKeyError, DatabaseUnavailable)
 
 
-class _Server(uvicorn.Server):
-    """Says when it is ready to answer."""
+_DESCRIPTORS = 200  # for everything but connections of clients: databases, logs, the management listener
+_TICK = 0.1
 
-    def __init__(self, config: uvicorn.Config, when_ready: Callable[[], None]) -> None:
+
+class _Server(uvicorn.Server):
+    """
+    The public listener, with the management listener beside it from the first moment to the last.
+
+    A signal first turns readiness red and makes each answer end its connection, for `delay` seconds in which whoever
+    spreads the requests sends them elsewhere. Then nothing new is accepted, and what is in flight is finished.
+    """
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        app: Application,
+        *,
+        delay: float,
+        management: tuple[uvicorn.Server, socket.socket] | None,
+        when_ready: Callable[[], None],
+    ) -> None:
         super().__init__(config)
+        self._app = app
+        self._delay = delay
+        self._management = management
         self._when_ready = when_ready
 
-    async def startup(self, sockets: list[socket] | None = None) -> None:
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start listening; then set aside, for the garbage collector, what lives as long as the process."""
+        if self._management is not None:
+            server, listener = self._management
+            server.config.load()
+            server.lifespan = server.config.lifespan_class(server.config)
+            await server.startup([listener])
         await super().startup(sockets)
         if self.started:
             gc.collect()
             gc.freeze()
             log.info("service.started", host=self.config.host, port=self.config.port)
             self._when_ready()
+
+    async def main_loop(self) -> None:
+        """Serve until a signal comes, and then for as long as requests may still be sent here."""
+        await super().main_loop()
+        self._app.drain.begun = True
+        log.info("service.draining", seconds=self._delay)
+        clock = asyncio.get_running_loop()
+        until = clock.time() + self._delay
+        while clock.time() < until and not self.force_exit:
+            await asyncio.sleep(_TICK)
+            await self.on_tick(0)  # keeps the date in the answers
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Finish what is in flight, within the time for it; the probes are answered until the end."""
+        try:
+            await super().shutdown(sockets)
+        finally:
+            if self._management is not None:
+                await self._management[0].shutdown()
 
 
 def run_server(
@@ -87,43 +133,76 @@ def run_server(
     `say` hears of the mails that a development server writes instead of sending them.
     Raises Refused, UnsafeSettings, MasterKeyError, DatabaseUnavailable.
     """
-    if settings.metrics_port is not None:
-        try:
-            telemetry.serve_metrics(settings.metrics_port, settings.host)
-        except OSError as error:
-            raise Refused(f"the metrics port cannot be opened: {error.strerror}") from None
+    app = create_app(settings, say=say)
     refusals: list[Exception] = []
     config = server_config(
-        _telling_refusals(create_app(settings, say=say), refusals),
+        _telling_refusals(app, refusals),
         host=settings.host,
         port=settings.port,
         timeout_graceful_shutdown=settings.shutdown_grace,
+        limit_concurrency=_room_for(settings.max_connections),
+    )
+    server = _Server(
+        config,
+        app,
+        delay=settings.shutdown_delay,
+        management=_management(app, settings.management_address),
+        when_ready=when_ready,
     )
     # The server hands a signal on when it has ended in good order; that is no accident, and ends with 0.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
     try:
-        _Server(config, when_ready).run()
+        server.run()
     except SystemExit:
         if refusals:
             raise refusals[0] from refusals[0].__cause__
         raise
 
 
+def _management(app: Application, address: tuple[str, int] | None) -> tuple[uvicorn.Server, socket.socket] | None:
+    """Return the management listener's server, and the socket that it has already. Raises Refused."""
+    if address is None:
+        return None
+    try:
+        family, _, _, _, where = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
+        listener = socket.create_server(where[:2], family=family)
+    except OSError as error:
+        raise Refused(f"the management port cannot be opened: {error.strerror}") from None
+    config = server_config(
+        app.management, lifespan="off", timeout_graceful_shutdown=1, limit_concurrency=_DESCRIPTORS // 4
+    )
+    return uvicorn.Server(config), listener
+
+
+def _room_for(connections: int) -> int:
+    """Return how many connections there can be, at most as many as wanted; takes the file descriptors for them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + _DESCRIPTORS
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    room = max(wanted - _DESCRIPTORS, 1)
+    if room < connections:
+        log.warning("service.few_descriptors", limit=hard, connections=room)
+    return room
+
+
 def server_config(app: AsgiApp, **options: Any) -> uvicorn.Config:
     """Return how the HTTP server serves us; `options` say where and how long."""
+    given: dict[str, Any] = {"lifespan": "on", **options}
     return uvicorn.Config(
         app,
         interface="asgi3",
         http=BoundedProtocol,
         ws="none",
-        lifespan="on",
         access_log=False,
         log_config=None,
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=75,
-        **options,
+        **given,
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any, TextIO
 
 import structlog
-from prometheus_client import Counter, Gauge, start_http_server
+from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, generate_latest
 from pydantic_core import PydanticSerializationError, to_json
 
 TOKENS = Counter(
@@ -23,6 +23,12 @@ REFRESH_VERDICTS = Counter(
 LIMITS_HIT = Counter("identity_limits_hit_total", "Requests refused by a limit.", ["limit"])
 LIMITER_DEGRADED = Gauge("identity_limiter_degraded", "1 while limits are kept in this process because Redis is away.")
 SIGNING_KEYS_BROKEN = Gauge("identity_signing_keys_unusable", "Published signing keys that could not be unwrapped.")
+
+CONNECTIONS_SHED = Counter(
+    "identity_connections_shed_total",
+    "Connections ended because there were too many: idle ones, or new ones.",
+    ["which"],
+)
 
 _SECRET_NAMES = {
     *("password", "secret", "client_secret", "token", "refresh_token", "access_token", "code", "code_verifier"),
@@ -86,6 +92,10 @@ def configure_logging(*, level: str = "INFO", as_json: bool = True, stream: Text
         logger.propagate = True
 
 
-def serve_metrics(port: int, address: str) -> None:
-    """Serve `/metrics` on a port of its own, from a thread of its own; never on the public listener."""
-    start_http_server(port, addr=address)
+EXPOSITION_TYPE = CONTENT_TYPE_LATEST
+"""The content type of what `exposition` returns."""
+
+
+def exposition() -> bytes:
+    """Return everything that is counted in this process, in the text format of Prometheus."""
+    return generate_latest()

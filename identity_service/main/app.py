@@ -37,7 +37,8 @@ from identity_service.web.documented import document
 from identity_service.web.edge import Edge, Endpoint, Guard
 from identity_service.web.error_pages import install_error_pages
 from identity_service.web.forms import LARGEST_BODY
-from identity_service.web.health import Liveness, Readiness
+from identity_service.web.health import Drain, Liveness, Readiness
+from identity_service.web.management import Management
 from identity_service.web.oauth import (
     IntrospectionEndpoint,
     JwksEndpoint,
@@ -75,6 +76,8 @@ class Application(FastAPI):
     """FastAPI with the edge before it: the hot endpoints are answered without waking the framework."""
 
     edge: Edge
+    drain: Drain
+    management: Management
 
     async def framework(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer what the edge has no endpoint for."""
@@ -91,7 +94,7 @@ def create_app(
     clock: Clock | None = None,
     say: Callable[[str], None] = lambda _line: None,
     leased_jobs: bool = True,
-) -> FastAPI:
+) -> Application:
     """
     Build the application. Its lifespan loads the keys, refusing to start without them, and runs the jobs.
 
@@ -138,15 +141,19 @@ def create_app(
     install_error_pages(app)
     app.openapi = lambda: document(app, grant_types=services.pipeline.grant_types)  # type: ignore[method-assign]
     app.add_middleware(Guard)
+    app.drain = Drain()
+    readiness = Readiness(services.db, services.signing_keys, app.drain)
+    app.management = Management(readiness)
     app.edge = Edge(
         app.framework,
-        endpoints=_endpoints(services),
+        endpoints=_endpoints(services, readiness),
         allowed_hosts=settings.hosts,
         https=settings.public_issuer.startswith("https://"),
         access_log=settings.access_log,
         docs=docs,
         cors=Cors(CorsOrigins(services.db, services.clients, services.clock)),
         trusted_proxies=_proxies(settings),
+        drain=app.drain,
         on_limited=services.note_limited,
     )
     return app
@@ -238,7 +245,7 @@ def _routers(services: Services) -> list[APIRouter]:
     return [account_router(parts), *keys, *operators, *pages]
 
 
-def _endpoints(services: Services) -> dict[str, Endpoint]:
+def _endpoints(services: Services, readiness: Readiness) -> dict[str, Endpoint]:
     settings = services.settings
     proxies = _proxies(settings)
     authenticator = ClientAuthenticator(
@@ -278,5 +285,5 @@ def _endpoints(services: Services) -> dict[str, Endpoint]:
         "/.well-known/oauth-authorization-server": metadata,
         "/.well-known/openid-configuration": metadata,
         "/healthz": Liveness(),
-        "/readyz": Readiness(services.db, services.signing_keys),
+        "/readyz": readiness,
     }

@@ -21,6 +21,7 @@ from identity_service.web.cors import PUBLIC_DOCUMENTS, Cors
 from identity_service.web.deps import IPNetwork, network_of
 from identity_service.web.errors import problem, problem_of
 from identity_service.web.forms import LARGEST_BODY
+from identity_service.web.health import Drain
 
 log = structlog.get_logger("identity_service.access")
 
@@ -47,6 +48,7 @@ _ALWAYS = (
 _POLICY = b"content-security-policy"
 _LOCKED_DOWN = (_POLICY, b"default-src 'none'; frame-ancestors 'none'")
 _HSTS = (b"strict-transport-security", b"max-age=31536000; includeSubDomains")
+_PARTING = ((b"connection", b"close"),)
 _RESOURCE_POLICY = b"cross-origin-resource-policy"
 PROTECTION = (*_ALWAYS, _LOCKED_DOWN, (_RESOURCE_POLICY, b"same-origin"))
 """What an answer carries that is given before there is a request."""
@@ -79,9 +81,16 @@ class Edge:
         docs: bool = False,
         cors: Cors | None = None,
         trusted_proxies: Sequence[IPNetwork] = (),
+        drain: Drain | None = None,
         on_limited: Callable[[str, str], None] = lambda _limit, _network: None,
     ) -> None:
-        """`on_limited` hears of each request that a limit refused: the limit's name, and the network it came from."""
+        """
+        `on_limited` hears of each request that a limit refused: the limit's name, and the network it came from.
+
+        Once `drain` has begun, each answer ends its connection, so that clients go elsewhere with the next request
+        instead of meeting the end of an idle connection.
+        """
+        self._drain = drain or Drain()
         self._app = app
         self._on_limited = on_limited
         self._endpoints = endpoints
@@ -126,6 +135,7 @@ class Edge:
                     *given,
                     *ours,
                     (b"x-request-id", request_id.encode("ascii")),
+                    *(_PARTING if self._drain.begun else ()),
                     *state.get("headers", ()),
                     *(await self._cors.headers(scope) if self._cors is not None else ()),
                 ]

@@ -13,6 +13,18 @@ from identity_service.oauth.signing_keys import SigningKeys
 from identity_service.web.asgi import JSON, NO_STORE, Receive, Reply, Scope, Send
 
 _FRESH = 1.0  # seconds that an answer of the database serves, so that probes cannot load it
+_PATIENCE = 2.5  # seconds that a probe waits for it; longer than a request does for a connection
+_STALE = 10.0  # seconds after which "busy" means "away"
+
+
+@final
+class Drain:
+    """Whether this process is leaving: it still answers, and nobody new shall be sent to it."""
+
+    __slots__ = ("begun",)
+
+    def __init__(self) -> None:
+        self.begun = False
 
 
 @final
@@ -29,34 +41,51 @@ class Liveness:
 
 @final
 class Readiness:
-    """`GET /readyz`: the database answers, its schema is new enough, and a signing key is loaded."""
+    """`GET /readyz`: the database answers, its schema is new enough, a signing key is loaded, and nobody is leaving."""
 
     methods: Sequence[str] = ("GET", "HEAD")
     quiet = True
 
-    def __init__(self, db: Database, keys: SigningKeys) -> None:
+    def __init__(self, db: Database, keys: SigningKeys, drain: Drain) -> None:
         self._db = db
         self._keys = keys
-        self._asked_at = float("-inf")
+        self._drain = drain
+        self._answered_at = float("-inf")
         self._database = "unreachable"
+        self._asking: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one probe: 200, or 503 with what is missing."""
-        checks = {"database": await self._check_database(), "signing_key": "ok" if self._keys.ready else "none"}
+        if self._drain.begun:
+            checks = {"server": "draining"}
+        else:
+            checks = {"database": await self._check_database(), "signing_key": "ok" if self._keys.ready else "none"}
         ready = all(state == "ok" for state in checks.values())
         body = json.dumps({"status": "ready" if ready else "not ready", **checks}).encode("ascii")
         await Reply(200 if ready else 503, body, (JSON, *NO_STORE)).send(send, head=scope["method"] == "HEAD")
 
     async def _check_database(self) -> str:
+        """Return how the database is; however many probes there are, it is asked once at a time."""
         now = asyncio.get_running_loop().time()
-        if now - self._asked_at >= _FRESH:
-            self._asked_at = now
-            try:
-                revision = await self._db.revision()
-            except PoolExhausted:
-                pass  # busy is not away: the last answer stands
-            except (DatabaseUnavailable, SQLAlchemyError):
-                self._database = "unreachable"
-            else:
-                self._database = "ok" if revision is not None and revision >= SCHEMA_REVISION else "schema too old"
+        if now - self._answered_at >= _FRESH:
+            asking = self._asking
+            if asking is None or asking.done():
+                asking = self._asking = asyncio.create_task(self._ask())
+            await asyncio.wait({asking}, timeout=_PATIENCE)
+            if not asking.done():
+                return "unreachable"
+            asking.result()
         return self._database
+
+    async def _ask(self) -> None:
+        now = asyncio.get_running_loop().time()
+        try:
+            revision = await self._db.revision()
+        except PoolExhausted:  # busy is not away: the last answer stands, for a while
+            if now - self._answered_at > _STALE:
+                self._database = "unreachable"
+        except (DatabaseUnavailable, SQLAlchemyError):
+            self._database, self._answered_at = "unreachable", now
+        else:
+            new_enough = revision is not None and revision >= SCHEMA_REVISION
+            self._database, self._answered_at = "ok" if new_enough else "schema too old", now

@@ -1,25 +1,29 @@
 """
-What one connection may make the server hold: bounds on the HTTP parser, before there is a request to refuse.
+What connections may make the server hold: bounds on the HTTP parser, before there is a request to refuse.
 
 The parser collects a URL, a header or a trailer until it is complete, however long that takes and however large it
-grows. Both are bounded here; what is complete is judged by the edge.
+grows. Both are bounded here; what is complete is judged by the edge. So is the number of connections, each of which
+takes a file descriptor that the database might need.
 """
 
 import asyncio
 from http import HTTPStatus
-from typing import ClassVar, final
+from typing import ClassVar, Self, final
+from weakref import WeakKeyDictionary
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
 
+from identity_service.infra.telemetry import CONNECTIONS_SHED
 from identity_service.web.asgi import NO_STORE
 from identity_service.web.edge import PROTECTION
 
 _VERSIONS = ("1.0", "1.1")
 
 
-def _parting_words(status: HTTPStatus) -> bytes:
+def _parting_words(status: HTTPStatus, *further: tuple[bytes, bytes]) -> bytes:
     """Return an answer without a body that ends the connection."""
-    headers = [*NO_STORE, *PROTECTION, (b"content-length", b"0"), (b"connection", b"close")]
+    headers = [*NO_STORE, *PROTECTION, *further, (b"content-length", b"0"), (b"connection", b"close")]
     lines = [f"HTTP/1.1 {status} {status.phrase}".encode("ascii"), *(b": ".join(header) for header in headers)]
     return b"\r\n".join([*lines, b"", b""])
 
@@ -27,11 +31,18 @@ def _parting_words(status: HTTPStatus) -> bytes:
 _MALFORMED = _parting_words(HTTPStatus.BAD_REQUEST)
 _TOO_LARGE = _parting_words(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
 _TOO_SLOW = _parting_words(HTTPStatus.REQUEST_TIMEOUT)
+_TOO_MANY = _parting_words(HTTPStatus.SERVICE_UNAVAILABLE, (b"retry-after", b"1"))
 
 
 @final
 class BoundedProtocol(HttpToolsProtocol):
-    """Ends a connection whose request head is too large or too slow, or whose request as a whole is too large."""
+    """
+    Ends a connection whose request head is too large or too slow, or whose request as a whole is too large.
+
+    Where there are more connections than the server's `limit_concurrency`, the one that has waited longest for a
+    request, or for the end of its first head, gives way to the newcomer. Who opens connections by the thousand and
+    says nothing thus shuts nobody else out; only if each one has a request in progress, the newcomer hears 503.
+    """
 
     largest_head: ClassVar[int] = 64 * 1024
     """Bytes before the headers are complete."""
@@ -40,18 +51,36 @@ class BoundedProtocol(HttpToolsProtocol):
     head_deadline: ClassVar[float] = 10.0
     """Seconds from the opening of the connection, or the first byte of a further request, to complete headers."""
 
+    _idle_of: ClassVar[WeakKeyDictionary[ServerState, dict[Self, None]]] = WeakKeyDictionary()
+    """The connections of each server that have no request in progress, the longest idle first."""
+
     _received = 0
     _in_head = True
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as its parent has it
-        """Start the clock for the first head."""
+        """Make room, and start the clock for the first head."""
         super().connection_made(transport)
+        self._idle = self._idle_of.setdefault(self.server_state, {})
+        most, self.limit_concurrency = (
+            self.config.limit_concurrency,
+            None,
+        )  # the server's own way answers whole requests
+        if most is not None and len(self.connections) > most:
+            longest = next(iter(self._idle), None)
+            CONNECTIONS_SHED.labels("new" if longest is None else "idle").inc()
+            if longest is None:
+                self._end(_TOO_MANY)
+                return
+            del self._idle[longest]
+            longest.transport.close()  # without a word, which its client could take for the answer to a request
+        self._idle[self] = None
         self._deadline = self.loop.call_later(self.head_deadline, self._end, _TOO_SLOW)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the clock."""
         self._stop_clock()
+        self._idle.pop(self, None)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -74,6 +103,7 @@ class BoundedProtocol(HttpToolsProtocol):
             raise ValueError("no request line of HTTP/1")
         self._in_head = False
         self._stop_clock()
+        self._idle.pop(self, None)
         super().on_headers_complete()
 
     def send_400_response(self, msg: str) -> None:
@@ -85,6 +115,12 @@ class BoundedProtocol(HttpToolsProtocol):
         """Begin to count the next request."""
         self._in_head, self._received = True, 0
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """Begin to be idle, unless the next request is there already."""
+        super().on_response_complete()
+        if self.timeout_keep_alive_task is not None:
+            self._idle[self] = None
 
     def _end(self, answer: bytes) -> None:
         self._stop_clock()

@@ -175,7 +175,7 @@ def test_no_secret_is_seen_again(database_url: str, redis_url: str, log_json: st
     """Not in the log at its most talkative, a fault's traceback included; not in a row, a counter or Redis."""
     client_id, secret, user_id = prepared(database_url)
     port = free_port()
-    with served(database_url, redis_url, log_json=log_json, metrics_port=str(port)) as server:
+    with served(database_url, redis_url, log_json=log_json, management_port=str(port)) as server:
         with httpx2.Client(base_url=server.url, timeout=10) as http:
             canaries = drive(http, client_id, secret)
             everything = everything_in(database_url)
@@ -341,7 +341,7 @@ def test_nobody_outside_can_make_the_metrics_grow(database_url: str, redis_url: 
     client_id, secret, _ = prepared(database_url)
     port = free_port()
     with (
-        served(database_url, redis_url, metrics_port=str(port)) as server,
+        served(database_url, redis_url, management_port=str(port)) as server,
         httpx2.Client(base_url=server.url, timeout=10) as http,
     ):
 
@@ -370,7 +370,7 @@ def test_nobody_outside_can_make_the_metrics_grow(database_url: str, redis_url: 
 def test_metrics_are_on_their_own_port_only(database_url: str, redis_url: str) -> None:
     """And without that port, nowhere."""
     port = free_port()
-    with served(database_url, redis_url, metrics_port=str(port)) as server:
+    with served(database_url, redis_url, management_port=str(port)) as server:
         assert httpx2.get(f"{server.url}/metrics").status_code == 404
         assert "identity_limiter_degraded 0.0" in httpx2.get(f"http://127.0.0.1:{port}/metrics").text
         assert httpx2.post(f"http://127.0.0.1:{port}/token").status_code != 200
@@ -410,10 +410,10 @@ def test_production_shows_nothing_that_is_for_developers(database_url: str, redi
 
 
 def test_nothing_waits_for_a_slow_reader_of_metrics(database_url: str, redis_url: str) -> None:
-    """The metrics have a thread of their own; a connection that says nothing stops neither them nor the service."""
+    """A connection to the management listener that says nothing stops neither it nor the service."""
     port = free_port()
     with (
-        served(database_url, redis_url, metrics_port=str(port)) as server,
+        served(database_url, redis_url, management_port=str(port)) as server,
         socket.create_connection(("127.0.0.1", port), timeout=5),
     ):
         begun = time.monotonic()

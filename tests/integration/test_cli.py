@@ -519,7 +519,7 @@ def test_a_port_that_is_taken_ends_the_server_in_words(cli: Cli, folder: Path) -
         busy = cli.run("serve", "--port", port)
         assert busy.code != 0
         assert "address already in use" in busy.out + busy.err
-        assert "metrics port cannot be opened" in cli.run("serve", IDENTITY_METRICS_PORT=port).refused()
+        assert "management port cannot be opened" in cli.run("serve", IDENTITY_MANAGEMENT_PORT=port).refused()
 
 
 def test_a_folder_without_a_database_is_told_and_left_alone(tmp_path: Path, forge: Forge) -> None:
