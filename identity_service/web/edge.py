@@ -5,6 +5,7 @@ Pure ASGI: a middleware of the framework's own kind costs more than everything e
 The protocol's endpoints are answered right here, by exact path; everything else goes on to the framework.
 """
 
+import asyncio
 import ipaddress
 import os
 import re
@@ -16,10 +17,11 @@ from urllib.parse import unquote_to_bytes
 
 import structlog
 
+from identity_service.oauth.errors import Unavailable
 from identity_service.web.asgi import JSON, NO_STORE, AsgiApp, Headers, Receive, Reply, Scope, Send
 from identity_service.web.cors import PUBLIC_DOCUMENTS, Cors
 from identity_service.web.deps import IPNetwork, network_of
-from identity_service.web.errors import problem, problem_of
+from identity_service.web.errors import oauth_reply, problem, problem_of
 from identity_service.web.forms import LARGEST_BODY
 from identity_service.web.health import Drain
 
@@ -145,6 +147,14 @@ class Edge:
         structlog.contextvars.bind_contextvars(request_id=request_id)
         try:
             route = await self._route(scope, receive, sending)
+        except asyncio.CancelledError:
+            # The server is leaving, and has waited for this request as long as it may.
+            if status or not self._drain.begun:
+                raise
+            gone = Unavailable(reason="server_leaving", retry_after=1)
+            state["reason"] = gone.reason
+            route = scope["path"] if scope["path"] in self._endpoints else "unmatched"
+            await (oauth_reply(gone) if route in self._endpoints else problem_of(gone)).send(sending)
         except Exception as error:
             if status:
                 raise

@@ -142,11 +142,36 @@ async def test_everybody_who_meets_a_silent_server_hears_it_soon(muted: tuple[Da
     assert {type(answer) for answer in answers} == {DatabaseUnavailable, PoolExhausted}
 
 
-async def test_who_thinks_between_two_statements_is_not_taken_for_silent(database_url: str) -> None:
+@pytest.mark.parametrize("way", ["execute", "fetch_hot"])
+async def test_who_thinks_between_two_statements_is_not_taken_for_silent(database_url: str, way: str) -> None:
     """What counts is how long an answer is owed, not how long a transaction takes."""
     db = Database(database_url, patience=PATIENCE)
     async with db.transaction() as tx:
-        await look(tx)
-        await asyncio.sleep(3 * PATIENCE)
-        await look(tx)
+        for pause in (0.0, 3 * PATIENCE):
+            await asyncio.sleep(pause)
+            await (tx.execute(select(1)) if way == "execute" else tx.fetch_hot(HOT, {}))
     await db.close()
+
+
+async def test_a_server_that_says_hello_and_nothing_more_is_not_waited_for() -> None:
+    """It accepts the connection as PostgreSQL does, and the first question of the toolkit stays unanswered."""
+
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            size = int.from_bytes(await reader.readexactly(4), "big")
+            await reader.readexactly(size - 4)
+            writer.write(b"R" + (8).to_bytes(4, "big") + bytes(4) + b"Z" + (5).to_bytes(4, "big") + b"I")
+            while await reader.read(1024):
+                pass
+        except asyncio.IncompleteReadError:
+            pass
+        finally:
+            writer.close()
+
+    async with await asyncio.start_server(greet, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        db = Database(f"postgresql+psycopg://nobody@127.0.0.1:{port}/none?sslmode=disable", patience=PATIENCE)
+        with pytest.raises(DatabaseUnavailable):
+            async with asyncio.timeout(20):
+                await db.run(look)
+        await db.close()
