@@ -5,11 +5,12 @@ BIN    := $(VENV)/bin
 PORT   ?= 8000
 HOST   ?= 127.0.0.1
 STAMP  := $(VENV)/.installed
+TOOLS  := promtool
 # Never fetch an interpreter from the network: the one that was named is the one that is used.
 export UV_PYTHON_DOWNLOADS = never
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test conformance torture prove-rotation check format bench migrate lock clean
+.PHONY: help install run test tools conformance torture prove-rotation check format bench migrate lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -32,7 +33,10 @@ install: $(STAMP) ## Make .venv with everything in it
 run: $(STAMP) ## Serve on this machine with SQLite and a demo user (PORT=9000 to change the port)
 	@exec $(BIN)/identity-service dev --host $(HOST) --port $(PORT)
 
-test: $(STAMP) ## Run the whole suite against real PostgreSQL and Redis (found or brought)
+tools: $(STAMP) ## Find, or bring without installing, the programs that some tests run
+	@$(BIN)/python -m tests.support.tools $(TOOLS)
+
+test: $(STAMP) tools ## Run the whole suite against real PostgreSQL and Redis (found or brought)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 conformance: $(STAMP) ## Run what proves a section of an RFC, and write docs/conformance.md
@@ -65,5 +69,5 @@ lock: $(STAMP) ## Compile requirements/*.txt anew from pyproject.toml
 	$(BIN)/uv pip compile -q pyproject.toml --extra server --group dev --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --upgrade -o requirements/dev.txt
 
 clean: ## Remove what make made, but neither data nor keys
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .tools dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
