@@ -8,7 +8,7 @@ from typing import final
 from sqlalchemy.exc import SQLAlchemyError
 
 from identity_service.infra.database import Database, DatabaseUnavailable, PoolExhausted
-from identity_service.infra.tables import SCHEMA_REVISION
+from identity_service.infra.tables import OLDEST_SCHEMA_REVISION
 from identity_service.oauth.signing_keys import SigningKeys
 from identity_service.web.asgi import JSON, NO_STORE, Receive, Reply, Scope, Send
 
@@ -58,5 +58,6 @@ class Readiness:
             except (DatabaseUnavailable, SQLAlchemyError):
                 self._database = "unreachable"
             else:
-                self._database = "ok" if revision is not None and revision >= SCHEMA_REVISION else "schema too old"
+                new_enough = revision is not None and revision >= OLDEST_SCHEMA_REVISION
+                self._database = "ok" if new_enough else "schema too old"
         return self._database
