@@ -8,9 +8,10 @@ has a default: what would be unsafe must be asked for, and some of it cannot be 
 import ipaddress
 import json
 import re
+from collections.abc import Mapping
 from email.utils import parseaddr
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
@@ -30,19 +31,73 @@ class UnsafeSettings(Exception):
     """The service must not start like this; the message says what to do and repeats no value."""
 
 
-class Settings(BaseSettings):
-    """The settings of one process. Durations are in seconds."""
+class DatabaseSettings(BaseSettings):
+    """Where the database is: all that `migrate` needs, so that nobody has to give it an issuer or a master key."""
 
     model_config = SettingsConfigDict(
         env_prefix="IDENTITY_", frozen=True, extra="ignore", hide_input_in_errors=True, env_ignore_empty=True
     )
 
     environment: Literal["production", "development"] = "production"
-    issuer: str = ""
     data_dir: Path = Path(".data")
     database_url: SecretStr = SecretStr("")
-    database_pool_size: int = Field(10, ge=1, le=100)
     allow_sqlite: bool = False
+    log_json: bool = True
+
+    @property
+    def production(self) -> bool:
+        """Whether everything unsafe is refused."""
+        return self.environment == "production"
+
+    @property
+    def database(self) -> str:
+        """The database's URL; in development, unless one is named, a file in the data directory."""
+        named = self.database_url.get_secret_value()
+        return named or f"sqlite+aiosqlite:///{(self.data_dir / 'identity.db').absolute()}"
+
+    @property
+    def on_sqlite(self) -> bool:
+        """Whether the database is the embedded one."""
+        return self.database.startswith("sqlite")
+
+    @property
+    def sqlite_file(self) -> Path | None:
+        """Where the embedded database is kept; None for another database."""
+        return Path(self.database.removeprefix("sqlite+aiosqlite:///")) if self.on_sqlite else None
+
+    def _database_refusals(self) -> dict[str, bool]:
+        """Return what production refuses about the database, each with whether it is so."""
+        return {
+            "IDENTITY_DATABASE_URL is not set: postgresql+psycopg://user@host/name": (
+                not self.database_url.get_secret_value() and not self.allow_sqlite
+            ),
+            "SQLite serves one machine only; if that is meant, set IDENTITY_ALLOW_SQLITE=true": (
+                bool(self.database_url.get_secret_value()) and self.on_sqlite and not self.allow_sqlite
+            ),
+        }
+
+    @model_validator(mode="after")
+    def _production_is_safe(self) -> Self:
+        if self.production:
+            _refuse(self._database_refusals())
+        return self
+
+    @model_validator(mode="after")
+    def _database_is_known(self) -> Self:
+        if not self.database.startswith(("postgresql+psycopg://", "sqlite+aiosqlite:///")):
+            raise ValueError("IDENTITY_DATABASE_URL must begin with postgresql+psycopg:// or sqlite+aiosqlite:///")
+        try:
+            make_url(self.database)
+        except (ArgumentError, ValueError):
+            raise ValueError("IDENTITY_DATABASE_URL: scheme://user:password@host:port/name, percent-encoded") from None
+        return self
+
+
+class Settings(DatabaseSettings):
+    """The settings of one process. Durations are in seconds."""
+
+    issuer: str = ""
+    database_pool_size: int = Field(10, ge=1, le=100)
     redis_url: SecretStr = SecretStr("")
     master_key: SecretStr = SecretStr("")
     master_key_file: Path | None = None
@@ -55,7 +110,6 @@ class Settings(BaseSettings):
     trusted_proxies: Words = ()
     default_client_id: str | None = None
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    log_json: bool = True
     access_log: bool = True
     shutdown_delay: float = Field(0, ge=0, le=120)
     shutdown_grace: int = Field(25, ge=0, le=600)
@@ -135,30 +189,9 @@ class Settings(BaseSettings):
         return int(value) if isinstance(value, str) and value.isdigit() else value
 
     @property
-    def production(self) -> bool:
-        """Whether everything unsafe is refused."""
-        return self.environment == "production"
-
-    @property
-    def database(self) -> str:
-        """The database's URL; in development, unless one is named, a file in the data directory."""
-        named = self.database_url.get_secret_value()
-        return named or f"sqlite+aiosqlite:///{(self.data_dir / 'identity.db').absolute()}"
-
-    @property
     def management_address(self) -> tuple[str, int] | None:
         """Where probes and metrics are served, on the public listener's host unless named; None for nowhere."""
         return None if self.management_port is None else (self.management_host or self.host, self.management_port)
-
-    @property
-    def on_sqlite(self) -> bool:
-        """Whether the database is the embedded one."""
-        return self.database.startswith("sqlite")
-
-    @property
-    def sqlite_file(self) -> Path | None:
-        """Where the embedded database is kept; None for another database."""
-        return Path(self.database.removeprefix("sqlite+aiosqlite:///")) if self.on_sqlite else None
 
     @property
     def public_issuer(self) -> str:
@@ -249,12 +282,7 @@ class Settings(BaseSettings):
         refusals = {
             "IDENTITY_ISSUER is not set: name the https origin that clients reach this service by": not self.issuer,
             "IDENTITY_ISSUER must be https in production": bool(self.issuer) and not self.issuer.startswith("https://"),
-            "IDENTITY_DATABASE_URL is not set: postgresql+psycopg://user@host/name": (
-                not self.database_url.get_secret_value() and not self.allow_sqlite
-            ),
-            "SQLite serves one machine only; if that is meant, set IDENTITY_ALLOW_SQLITE=true": (
-                bool(self.database_url.get_secret_value()) and self.on_sqlite and not self.allow_sqlite
-            ),
+            **self._database_refusals(),
             "no master key: set IDENTITY_MASTER_KEY_FILE (one per line, made with: openssl rand -base64 32)": (
                 not self.master_key.get_secret_value() and self.master_key_file is None
             ),
@@ -273,19 +301,7 @@ class Settings(BaseSettings):
             ),
             "IDENTITY_LOG_LEVEL must not be DEBUG in production": self.log_level == "DEBUG",
         }
-        wrong = [message for message, refused in refusals.items() if refused]
-        if wrong:
-            raise ValueError("\n".join(wrong))
-        return self
-
-    @model_validator(mode="after")
-    def _database_is_known(self) -> Self:
-        if not self.database.startswith(("postgresql+psycopg://", "sqlite+aiosqlite:///")):
-            raise ValueError("IDENTITY_DATABASE_URL must begin with postgresql+psycopg:// or sqlite+aiosqlite:///")
-        try:
-            make_url(self.database)
-        except (ArgumentError, ValueError):
-            raise ValueError("IDENTITY_DATABASE_URL: scheme://user:password@host:port/name, percent-encoded") from None
+        _refuse(refusals)
         return self
 
     @model_validator(mode="after")
@@ -299,6 +315,12 @@ class Settings(BaseSettings):
             if not known:
                 raise ValueError(wrong)
         return self
+
+
+def _refuse(refusals: Mapping[str, bool]) -> None:
+    """Raise ValueError with each message that applies."""
+    if wrong := [message for message, applies in refusals.items() if applies]:
+        raise ValueError("\n".join(wrong))
 
 
 def weak_secret(text: str) -> bool:
@@ -324,8 +346,20 @@ def load_settings(**given: Any) -> Settings:
 
     Raises UnsafeSettings with one line per fault.
     """
+    return _load(Settings, given)
+
+
+def load_database_settings(**given: Any) -> DatabaseSettings:
+    """Return what the environment says about the database alone; `given` and what is raised as in `load_settings`."""
+    return _load(DatabaseSettings, given)
+
+
+_Kind = TypeVar("_Kind", bound=DatabaseSettings)
+
+
+def _load(kind: type[_Kind], given: Mapping[str, Any]) -> _Kind:
     try:
-        return Settings(**given)
+        return kind(**given)
     except ValidationError as error:
         lines = []
         for fault in error.errors(include_input=False, include_url=False, include_context=False):

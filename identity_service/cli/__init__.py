@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from identity_service.cli import audit, dev, imports, keys, people, registry, serving
+from identity_service.cli import audit, dev, imports, keys, migrating, people, registry, serving
 from identity_service.cli.common import Refused
 from identity_service.infra.database import DatabaseUnavailable
 from identity_service.infra.runtime.envelope import MasterKeyError
@@ -21,7 +21,7 @@ app = typer.Typer(
 )
 app.command("dev")(dev.dev)
 app.command("serve")(serving.serve)
-app.command("migrate")(serving.migrate)
+app.command("migrate")(migrating.migrate)
 app.command("cleanup")(keys.cleanup)
 people.app.command("import")(imports.import_users)
 people.app.command("export")(imports.export_users)

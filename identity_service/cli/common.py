@@ -19,9 +19,16 @@ from identity_service.infra.database import Transaction
 from identity_service.infra.runtime import Secret
 from identity_service.infra.runtime.envelope import new_master_key
 from identity_service.main import NoMasterKeyYet, Services, build_services, correct_clock, load_keys, schema_fault
-from identity_service.settings import Settings, UnsafeSettings, load_settings
+from identity_service.settings import (
+    DatabaseSettings,
+    Settings,
+    UnsafeSettings,
+    load_database_settings,
+    load_settings,
+)
 
 Answer = TypeVar("Answer")
+AnySettings = TypeVar("AnySettings", bound=DatabaseSettings)
 
 ACTOR = "cli"
 """Who the audit trail names for what a command did."""
@@ -47,6 +54,15 @@ class Keys(Enum):
 
 def settings_for(data_dir: Path | None, **given: Any) -> Settings:
     """Return the settings of the environment, with what the command line says before them; raises UnsafeSettings."""
+    return _settings(load_settings, data_dir, given)
+
+
+def database_settings_for(data_dir: Path | None) -> DatabaseSettings:
+    """Return where the database is, and ask for nothing else; raises UnsafeSettings."""
+    return _settings(load_database_settings, data_dir, {})
+
+
+def _settings(load: Callable[..., AnySettings], data_dir: Path | None, given: dict[str, Any]) -> AnySettings:
     given = {name: value for name, value in given.items() if value is not None}
     if data_dir is not None:
         given["data_dir"] = data_dir
@@ -56,7 +72,7 @@ def settings_for(data_dir: Path | None, **given: Any) -> Settings:
         if not named and not os.environ.get("IDENTITY_ENVIRONMENT"):
             given.setdefault("environment", "development")
     try:
-        return load_settings(**given)
+        return load(**given)
     except UnsafeSettings as error:
         if data_dir is None and "IDENTITY_DATABASE_URL is not set" in str(error):
             raise UnsafeSettings(f"{error}\n(for the database of `make run`, add --data-dir .data)") from None

@@ -13,7 +13,8 @@ import typer
 
 from identity_service.accounts.clients import NO_AUTHENTICATION, NewClient
 from identity_service.cli.common import ACTOR, AsJson, DataDir, Keys, settings_for, unless_named, with_services
-from identity_service.cli.serving import bring_up_to_date, only_one_on_sqlite, run_server
+from identity_service.cli.migrating import bring_up_to_date
+from identity_service.cli.serving import only_one_on_sqlite, run_server
 from identity_service.infra import telemetry
 from identity_service.infra.database import Transaction
 from identity_service.infra.runtime import Secret
@@ -55,7 +56,7 @@ def dev(
     )
     telemetry.configure_logging(level=settings.log_level, as_json=settings.log_json, stream=sys.stderr)
     with only_one_on_sqlite(settings):  # before anything is touched that a running server relies on
-        bring_up_to_date(settings)
+        bring_up_to_date(settings.database)
         demo = _prepare(settings, data_dir / "demo.json")
         settings = settings.model_copy(update={"default_client_id": demo.client_id})
 

@@ -1,4 +1,4 @@
-"""The commands that serve, and the one that prepares the database for it."""
+"""The command that serves."""
 
 import asyncio
 import fcntl
@@ -15,12 +15,10 @@ from typing import Annotated, Any
 import structlog
 import typer
 import uvicorn
-from sqlalchemy.exc import OperationalError
 
-from identity_service.cli.common import DataDir, Refused, quiet_settings, settings_for
+from identity_service.cli.common import Refused, settings_for
 from identity_service.infra import telemetry
 from identity_service.infra.database import DatabaseUnavailable
-from identity_service.infra.migrate import migrate as migrate_database
 from identity_service.infra.runtime.envelope import MasterKeyError
 from identity_service.main import Application, create_app
 from identity_service.settings import Settings, UnsafeSettings
@@ -44,20 +42,6 @@ def serve(
     telemetry.configure_logging(level=settings.log_level, as_json=settings.log_json)
     with only_one_on_sqlite(settings):
         run_server(settings)
-
-
-def migrate(data_dir: DataDir = None) -> None:
-    """Bring the database to this version's schema; running it again changes nothing."""
-    bring_up_to_date(quiet_settings(data_dir))
-    typer.echo("The schema is up to date.")
-
-
-def bring_up_to_date(settings: Settings) -> None:
-    """Migrate the database of the settings; raises DatabaseUnavailable, after which the last whole revision stands."""
-    try:
-        migrate_database(settings.database)
-    except OperationalError as error:
-        raise DatabaseUnavailable(getattr(error.orig, "sqlstate", None) or type(error.orig).__name__) from error
 
 
 _REFUSALS = (UnsafeSettings, MasterKeyError, DatabaseUnavailable)

@@ -1,8 +1,142 @@
-"""Bring a database to this version's schema. A command of its own in production; never a side effect of starting."""
+"""
+Bring a database to this version's schema. A command of its own in production; never a side effect of starting.
 
+Servers work on while it runs. A revision that must lock a table asks for it only so long that nobody who queues up
+behind it fails, lets everybody pass when it has not got it, and asks again.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
+from sqlalchemy import Connection, Engine, NullPool, create_engine, event, text
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import OperationalError
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+PATIENCE: Final = 60.0
+"""Seconds for which a migration goes on asking for what others hold, unless somebody says otherwise."""
+
+# Seconds that one statement waits for a lock. Whoever comes after it queues up behind it, and a request gives a lock
+# up after 2 s. It is also less than PostgreSQL's `deadlock_timeout` of 1 s: where a request and a migration wait for
+# each other, it is the migration that gives way.
+_ONE_WAIT = 0.5
+_PAUSE = 1.5  # seconds in which those who queued up can pass before it asks again
+_ASK_FOR_TURN = 0.2  # seconds
+_ONE_AT_A_TIME = 0x1DE27170  # the advisory lock that makes simultaneous migrations queue up
+
+_NO_LOCK, _DEADLOCK = "55P03", "40P01"
+_SERVER_OPTIONS = {
+    "lock_timeout": f"{_ONE_WAIT * 1000:.0f}",
+    "statement_timeout": "0",  # a role's own limit is meant for requests; an index takes as long as it takes
+    "idle_in_transaction_session_timeout": "0",
+    "timezone": "UTC",
+    # Should this machine vanish in the middle, the next run must not wait for hours until the server notices.
+    "tcp_keepalives_idle": "10",
+    "tcp_keepalives_interval": "5",
+    "tcp_keepalives_count": "4",
+}
+_OLDEST_TRANSACTION = text(
+    "SELECT pid, application_name, extract(epoch FROM now() - xact_start)::int FROM pg_stat_activity"
+    " WHERE datname = current_database() AND pid <> pg_backend_pid() AND xact_start IS NOT NULL"
+    " ORDER BY xact_start LIMIT 1"
+)
+
+
+class MigrationBlocked(Exception):
+    """Others held for too long what a revision must lock. The last whole revision stands; it can be run again."""
+
+
+def _silent(_line: str) -> None:
+    """Say nothing."""
+
+
+def migrate(
+    url: str, *, revision: str = "head", patience: float = PATIENCE, say: Callable[[str], None] = _silent
+) -> None:
+    """
+    Run the revisions that `url`'s database lacks, up to `revision`; running it again changes nothing.
+
+    Several processes at once queue up on PostgreSQL. Each revision is one transaction, or statements that can be
+    repeated: a killed run leaves the last whole revision, and can be started again. A schema that is newer than this
+    code is left as it is. `patience` is in seconds; `say` hears of each revision and of what is waited for.
+    Raises MigrationBlocked, and OperationalError for a database that does not answer.
+    """
+    from alembic import command  # a server that only serves never needs it, nor the memory it takes
+
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            with connected(url, patience=patience) as connection:
+                _wait_for_our_turn(connection, say)
+                config = script_config(connection=connection, on_version_apply=_telling(say))
+                if not _is_newer(current_revision(connection), config):
+                    command.upgrade(config, revision)
+            return
+        except OperationalError as error:
+            if getattr(error.orig, "sqlstate", None) not in (_NO_LOCK, _DEADLOCK):
+                raise
+            if time.monotonic() + _PAUSE > deadline:
+                raise MigrationBlocked(_why_blocked(url)) from error
+        say("others hold what has to be locked; asking again")
+        time.sleep(_PAUSE)
+
+
+@contextlib.contextmanager
+def connected(url: str, *, patience: float = PATIENCE, read_only: bool = False) -> Iterator[Connection]:
+    """
+    Yield a connection for work on the schema, and close it for good.
+
+    What holds nobody up while it is built (`CONCURRENTLY`) may wait for `patience` seconds in one go; asked again, it
+    would have to begin anew. With `read_only` the database itself refuses every change, and no file is made.
+    """
+    parsed = make_url(url)
+    options: dict[str, Any] = {}
+    if parsed.get_backend_name() == "sqlite":
+        path = parsed.database or ""
+        if read_only:
+            parsed = parsed.set(database=f"file:{path}", query={"mode": "ro", "uri": "true"})
+        elif path:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        parsed = parsed.set(drivername="sqlite")
+    else:
+        settings = _SERVER_OPTIONS | ({"default_transaction_read_only": "on"} if read_only else {})
+        options = {"connect_timeout": 5, "options": " ".join(f"-c {name}={value}" for name, value in settings.items())}
+        if "application_name" not in parsed.query:
+            options["application_name"] = "identity-service migrate"
+    engine = create_engine(parsed, hide_parameters=True, poolclass=NullPool, connect_args=options)
+    if engine.dialect.name == "postgresql":
+        _let_concurrent_builds_wait(engine, patience)
+    else:
+        _begin_by_ourselves(engine, "BEGIN" if read_only else "BEGIN IMMEDIATE")
+    try:
+        with engine.connect() as connection:
+            yield connection
+    finally:
+        engine.dispose()
+
+
+def script_config(**attributes: Any) -> "Config":
+    """Return alembic's configuration; `attributes` are for `env.py`."""
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(_scripts()))
+    config.attributes.update(attributes)
+    return config
+
+
+def current_revision(connection: Connection) -> str | None:
+    """Return the revision that a database is at, or None for one that was never migrated."""
+    from alembic.migration import MigrationContext
+
+    found = MigrationContext.configure(connection).get_current_revision()
+    connection.rollback()  # looking has begun a transaction
+    return found
 
 
 def _scripts() -> Path:
@@ -12,22 +146,70 @@ def _scripts() -> Path:
     return installed if installed.is_dir() else package.parent / "migrations"
 
 
-def migrate(url: str, *, revision: str = "head") -> None:
-    """
-    Run the revisions that `url`'s database lacks, up to `revision`; running it again changes nothing.
+def _is_newer(revision: str | None, config: "Config") -> bool:
+    """Return whether a database is ahead of this code, as after going back to the version before."""
+    from alembic.script import ScriptDirectory
 
-    Several processes at once queue up on PostgreSQL. Each revision is one transaction: a killed run leaves the last
-    whole revision, and can be started again.
-    """
-    from alembic import command  # a server that only serves never needs it, nor the memory it takes
-    from alembic.config import Config
+    head = ScriptDirectory.from_config(config).get_current_head()
+    return revision is not None and head is not None and revision > head
 
-    parsed = make_url(url)
-    if parsed.get_backend_name() == "sqlite":
-        parsed = parsed.set(drivername="sqlite")
-        if parsed.database:
-            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-    config = Config()
-    config.set_main_option("script_location", str(_scripts()))
-    config.attributes["url"] = parsed
-    command.upgrade(config, revision)
+
+def _wait_for_our_turn(connection: Connection, say: Callable[[str], None]) -> None:
+    """Take the lock. Who waits for it inside a statement would hold up the building of an index by who has it."""
+    if connection.dialect.name != "postgresql":
+        return
+    told = False
+    while not connection.execute(text(f"SELECT pg_try_advisory_lock({_ONE_AT_A_TIME})")).scalar_one():
+        connection.rollback()
+        if not told:
+            say("another migration is at work; waiting for it to end")
+            told = True
+        time.sleep(_ASK_FOR_TURN)
+    connection.commit()
+
+
+def _begin_by_ourselves(engine: Engine, begin: str) -> None:
+    """Begin SQLite's transactions: its driver begins none for a statement that makes or drops a table."""
+
+    @event.listens_for(engine, "connect")
+    def _on_connect(connection: Any, _record: object) -> None:
+        connection.isolation_level = None
+
+    @event.listens_for(engine, "begin")
+    def _on_begin(connection: Connection) -> None:
+        connection.exec_driver_sql(begin)
+
+
+def _let_concurrent_builds_wait(engine: Engine, patience: float) -> None:
+    """Let each statement that holds nobody up wait longer than the others for the transactions before it."""
+
+    def before(_connection: Any, cursor: Any, statement: str, *_rest: Any) -> None:
+        if " CONCURRENTLY " in statement:
+            cursor.connection.execute(f"SET lock_timeout = {max(patience, _ONE_WAIT) * 1000:.0f}")
+
+    def after(_connection: Any, cursor: Any, statement: str, *_rest: Any) -> None:
+        if " CONCURRENTLY " in statement:
+            cursor.connection.execute("RESET lock_timeout")
+
+    event.listen(engine, "before_cursor_execute", before)
+    event.listen(engine, "after_cursor_execute", after)
+
+
+def _telling(say: Callable[[str], None]) -> Callable[..., None]:
+    def applied(*, step: Any, **_rest: Any) -> None:
+        say(f"{step.up_revision_id}: {step.up_revision.doc}")
+
+    return applied
+
+
+def _why_blocked(url: str) -> str:
+    """Return where the schema stands and who may be in the way, as far as this role is shown."""
+    with connected(url, read_only=True) as connection:
+        revision = current_revision(connection)
+        oldest = connection.execute(_OLDEST_TRANSACTION).first()
+    why = "others hold what the next revision has to lock, and did not let go of it; nothing of it was done, and the"
+    why += f" schema is whole, at {revision or 'none'}."
+    if oldest is not None:
+        pid, name, seconds = oldest
+        why += f" The oldest transaction is that of {name or 'somebody'} (process {pid}), open for {seconds} s."
+    return f"{why} Run the command again when it has ended."

@@ -31,9 +31,11 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import TypeDecorator
 
 SCHEMA_REVISION = "0004"
+"""The newest migration, whose schema the tables below are. Revisions are numbered, so a newer one compares greater."""
+OLDEST_SCHEMA_REVISION = "0004"
+"""The oldest migration whose schema this code works on: with an older one it neither starts nor says it is ready."""
 LONGEST_USER_AGENT = 256
 """Characters of what a program says about itself; what follows is not looked at."""
-"""The oldest migration this code can work on. Revisions are numbered, so a newer one compares greater."""
 
 
 class UtcDateTime(TypeDecorator[datetime]):

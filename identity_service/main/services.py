@@ -32,7 +32,7 @@ from identity_service.infra.ratelimit.catalogue import API_KEY_GUESSING, api_key
 from identity_service.infra.runtime import Clock, Secret, SteadyClock, SystemClock
 from identity_service.infra.runtime.envelope import MasterKeyError, MasterKeys, new_master_key
 from identity_service.infra.runtime.hashing import PasswordHasher
-from identity_service.infra.tables import SCHEMA_REVISION
+from identity_service.infra.tables import OLDEST_SCHEMA_REVISION
 from identity_service.main.mail_job import build_mailer
 from identity_service.oauth.grants.client_credentials import ClientCredentials
 from identity_service.oauth.grants.password import Password
@@ -154,8 +154,11 @@ class Services:
 async def schema_fault(db: Database) -> str | None:
     """Return what is wrong with a database whose schema is older than this code; None for one that is new enough."""
     revision = await db.revision()
-    if revision is None or revision < SCHEMA_REVISION:
-        return "the database's schema is older than this version: run `identity-service migrate`"
+    if revision is None or revision < OLDEST_SCHEMA_REVISION:
+        return (
+            f"the database's schema ({revision or 'none yet'}) is older than this version, which needs"
+            f" {OLDEST_SCHEMA_REVISION}: run `identity-service migrate`"
+        )
     return None
 
 

@@ -8,7 +8,7 @@ from typing import final
 from sqlalchemy.exc import SQLAlchemyError
 
 from identity_service.infra.database import Database, DatabaseUnavailable, PoolExhausted
-from identity_service.infra.tables import SCHEMA_REVISION
+from identity_service.infra.tables import OLDEST_SCHEMA_REVISION
 from identity_service.oauth.signing_keys import SigningKeys
 from identity_service.web.asgi import JSON, NO_STORE, Receive, Reply, Scope, Send
 
@@ -87,5 +87,5 @@ class Readiness:
         except (DatabaseUnavailable, SQLAlchemyError):
             self._database, self._answered_at = "unreachable", now
         else:
-            new_enough = revision is not None and revision >= SCHEMA_REVISION
+            new_enough = revision is not None and revision >= OLDEST_SCHEMA_REVISION
             self._database, self._answered_at = "ok" if new_enough else "schema too old", now

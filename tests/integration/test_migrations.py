@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
-from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, Engine, create_engine, inspect, make_url, select
 
-from identity_service.infra.migrate import migrate
+from identity_service.infra.migrate import connected, migrate, script_config
 from identity_service.infra.tables import SCHEMA_REVISION, locks, metadata, role_scopes, roles, scopes
 from tests.support.servers import PostgresServer
 
@@ -67,11 +66,8 @@ def snapshot(connection: Connection) -> dict[str, list[Any]]:
 
 
 def downgrade(url: str) -> None:
-    parsed = make_url(url)
-    config = Config()
-    config.set_main_option("script_location", str(ROOT / "migrations"))
-    config.attributes["url"] = parsed.set(drivername=parsed.drivername.replace("+aiosqlite", ""))
-    command.downgrade(config, "base")
+    with connected(url) as connection:
+        command.downgrade(script_config(connection=connection), "base")
 
 
 @BOTH

@@ -144,6 +144,8 @@ _MAY_COMMIT = (
     "identity_service.cli",
     "identity_service.main",
     "identity_service.infra.database",
+    "identity_service.infra.migrate",  # each revision is a transaction of its own, which alembic opens
+    "identity_service.infra.migration_plan",
 )
 
 
