@@ -111,6 +111,8 @@ class Settings(DatabaseSettings):
     default_client_id: str | None = None
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     access_log: bool = True
+    traces_endpoint: str = ""
+    traces_ratio: float = Field(0.1, ge=0, le=1)
     shutdown_delay: float = Field(0, ge=0, le=120)
     shutdown_grace: int = Field(25, ge=0, le=600)
     max_connections: int = Field(1000, ge=10, le=100_000)
@@ -181,6 +183,23 @@ class Settings(DatabaseSettings):
     def _classes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if set(value) - {"upper", "lower", "digit", "symbol"}:
             raise ValueError("choose among upper, lower, digit, symbol")
+        return value
+
+    @field_validator("traces_endpoint")
+    @classmethod
+    def _collector(cls, value: str) -> str:
+        try:
+            parts = urlsplit(value)
+            good = (
+                parts.scheme in ("https", "http")
+                and bool(parts.hostname)
+                and parts.port != 0
+                and not (parts.username or parts.password or parts.query or parts.fragment)
+            )
+        except ValueError:
+            good = False
+        if value and not good:
+            raise ValueError("where a collector takes OTLP over HTTP, as http://collector:4318/v1/traces")
         return value
 
     @field_validator("signing_key_bits", mode="before")

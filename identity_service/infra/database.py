@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cache
@@ -26,6 +27,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from identity_service.infra.runtime import to_its_end
 from identity_service.infra.tables import locks
+from identity_service.infra.telemetry import Span, child_span
+from identity_service.infra.telemetry.metrics import (
+    DATABASE_ERRORS,
+    DATABASE_IN_USE,
+    DATABASE_POOL_SIZE,
+    DATABASE_WAIT,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -54,13 +62,20 @@ _PATIENCE = 7.0
 class DatabaseUnavailable(Exception):
     """The database cannot answer now; nothing was committed by this transaction, or nobody knows. Never "not found"."""
 
+    kind = "unavailable"
+    """What the metrics call it."""
+
 
 class PoolExhausted(DatabaseUnavailable):
     """Every connection is busy, and stayed so for as long as a request waits; the database itself may be well."""
 
+    kind = "pool_exhausted"
+
 
 class TransactionConflict(DatabaseUnavailable):
     """The transaction lost to another one or its connection died before COMMIT: it left no trace, and may run again."""
+
+    kind = "conflict"
 
 
 def _translate(error: Exception, *, committing: bool) -> Exception:
@@ -110,7 +125,10 @@ class Transaction:
     A request that needs no database (a client answered from memory) therefore costs it nothing.
     """
 
-    __slots__ = ("_asked_at", "_connection", "_driver", "_engine", "_locks", "_loop", "_patience", "_silent", "_watch")
+    __slots__ = (
+        *("_asked_at", "_connection", "_driver", "_engine", "_locks", "_loop", "_patience", "_silent", "_span"),
+        "_watch",
+    )
 
     def __init__(self, engine: AsyncEngine, patience: float = _PATIENCE) -> None:
         """`patience` is how many seconds PostgreSQL may take to answer one statement, a commit or a connection."""
@@ -122,6 +140,7 @@ class Transaction:
         self._locks: frozenset[str] = frozenset()
         self._connection: AsyncConnection | None = None
         self._driver: psycopg.AsyncConnection[Any] | None = None
+        self._span: Span | None = None
 
     @property
     def on_sqlite(self) -> bool:
@@ -190,18 +209,26 @@ class Transaction:
         return moment
 
     async def _connect(self) -> AsyncConnection:
-        connection = self._engine.connect()
+        connection, began = self._engine.connect(), time.perf_counter()
         self._loop = asyncio.get_running_loop()
-        if self.on_sqlite:  # its patience is its own, and nobody can fall silent
-            await connection.start()
-        else:
-            async with asyncio.timeout(self._patience):
+        span = child_span("database.transaction", **{"db.system.name": self._engine.dialect.name})
+        try:
+            if self.on_sqlite:  # its patience is its own, and nobody can fall silent
                 await connection.start()
+            else:
+                async with asyncio.timeout(self._patience):
+                    await connection.start()
+        except BaseException as error:
+            span.end(failed=type(error).__name__)
+            raise
+        DATABASE_WAIT.observe(time.perf_counter() - began)
+        DATABASE_IN_USE.inc()
+        if not self.on_sqlite:
             # The connection is open already, so looking beneath it needs no detour through the event loop.
             proxied = connection.sync_connection
             self._driver = proxied.connection.driver_connection if proxied is not None else None
             self._watch = self._loop.call_later(self._patience, self._look)
-        self._connection = connection
+        self._connection, self._span = connection, span
         return connection
 
     def _look(self) -> None:
@@ -227,7 +254,9 @@ class Transaction:
         """Translate a failure. What was lost to silence is not tried again: that would take as long once more."""
         translated = _translate(error, committing=committing)
         if self._silent and isinstance(translated, TransactionConflict):
-            return DatabaseUnavailable("no answer")
+            translated = DatabaseUnavailable("no answer")
+        if isinstance(translated, DatabaseUnavailable):
+            DATABASE_ERRORS.labels(translated.kind).inc()
         return translated
 
     async def _broken(self, error: Exception, *, committing: bool) -> Exception:
@@ -254,6 +283,7 @@ class Transaction:
             return
         connection = self._connection
         self._asked_at = self._loop.time()
+        failed = error.kind if isinstance(error, DatabaseUnavailable) else None
         try:
             if error is None:
                 if connection.in_transaction():
@@ -261,19 +291,23 @@ class Transaction:
                 elif self._driver is not None:
                     await self._driver.commit()
         except (psycopg.Error, DBAPIError, OSError) as failure:
+            failed = "commit"
             raise await self._broken(failure, committing=True) from failure
         finally:
-            closing = self._close(connection)
+            closing = self._close(connection, failed)
             await (closing if error is None else to_its_end(closing))  # an error may be a cancellation
 
-    async def _close(self, connection: AsyncConnection) -> None:
+    async def _close(self, connection: AsyncConnection, failed: str | None) -> None:
         """Roll back what was not committed, and give the connection back; watched, as long as that takes."""
         try:
             if self._driver is not None and self._driver.closed:
                 await connection.invalidate()  # or the pool would try, in vain and with a traceback, to roll it back
             await connection.close()
         finally:
-            self._connection = self._driver = None
+            DATABASE_IN_USE.dec()
+            if self._span is not None:
+                self._span.end(failed=failed)
+            self._connection = self._driver = self._span = None
             if self._watch is not None:
                 self._watch.cancel()
 
@@ -305,6 +339,7 @@ class Database:
             self.engine = create_async_engine(self.url, hide_parameters=True, connect_args={"timeout": 5})
             _prepare_sqlite(self.engine)
         else:
+            DATABASE_POOL_SIZE.set(pool_size)
             settings = {**_SERVER_OPTIONS, **(options or {})}
             self.engine = create_async_engine(
                 self.url,

@@ -20,8 +20,9 @@ from identity_service.infra.ratelimit.catalogue import (
     network_rule,
 )
 from identity_service.infra.runtime import Clock
+from identity_service.infra.telemetry import Tracer
 from identity_service.main.jobs import flush_audit, for_all, load_keys, repeat, step_keys
-from identity_service.main.services import Services, build_services, schema_fault
+from identity_service.main.services import Services, build_services, build_tracer, schema_fault
 from identity_service.settings import Settings, UnsafeSettings
 from identity_service.web.account.api_keys import api_keys_router
 from identity_service.web.account.parts import AccountParts, Mail
@@ -94,19 +95,24 @@ def create_app(
     clock: Clock | None = None,
     say: Callable[[str], None] = lambda _line: None,
     leased_jobs: bool = True,
+    tracer: Tracer | None = None,
 ) -> Application:
     """
     Build the application. Its lifespan loads the keys, refusing to start without them, and runs the jobs.
 
     `app.state.services` holds the objects, for tests and for the development server; `say` hears of mails that are
     written instead of sent. Without `leased_jobs` whoever holds the application does what one replica does for all.
+    `tracer` traces in place of the one that the settings ask for. Raises MasterKeyError, UnsafeSettings.
     """
+    tracer = tracer or build_tracer(settings)
     services = build_services(settings, clock=clock, say=say)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as leaving:
             leaving.push_async_callback(services.close)  # also when this start is refused
+            if tracer is not None:
+                leaving.push_async_callback(asyncio.to_thread, tracer.close)
             await _prepare(services)
             jobs = [
                 asyncio.create_task(repeat("keys", settings.key_poll, lambda: step_keys(services))),
@@ -155,6 +161,7 @@ def create_app(
         trusted_proxies=_proxies(settings),
         drain=app.drain,
         on_limited=services.note_limited,
+        tracer=tracer,
     )
     return app
 

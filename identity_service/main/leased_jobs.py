@@ -11,20 +11,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import structlog
-from prometheus_client import Counter, Gauge
 
 from identity_service.infra.database import Database, DatabaseUnavailable, Transaction
 from identity_service.infra.leases import Leases, LeaseState
 from identity_service.infra.runtime import to_its_end
+from identity_service.infra.telemetry.metrics import JOB_DONE, JOB_INTERVAL, JOB_RUNS
 
 log = structlog.get_logger(__name__)
 
-JOB_RUNS = Counter(
-    "identity_job_runs_total", "Runs of a background job in this replica, by outcome.", ["job", "outcome"]
-)
-JOB_DONE = Gauge(
-    "identity_job_last_done_seconds", "When a background job last ended well in any replica, Unix time.", ["job"]
-)
 _WATCHED_EVERY = 15.0  # seconds between two looks at how all the jobs stand
 _MOST_BATCHES = 1000
 
@@ -54,6 +48,7 @@ async def run_once(db: Database, leases: Leases, job: LeasedJob) -> bool:
             await job.step()
         done = True
     except TimeoutError:
+        JOB_RUNS.labels(job.name, "unfinished").inc()
         log.warning("job.unfinished", job=job.name)  # it goes on in the next run
     finally:
         with contextlib.suppress(DatabaseUnavailable):  # then the lease runs out by itself
@@ -63,6 +58,7 @@ async def run_once(db: Database, leases: Leases, job: LeasedJob) -> bool:
 
 async def run_for_ever(db: Database, leases: Leases, job: LeasedJob) -> None:
     """Do a job whenever it is due; an outage of the database delays it, a fault of ours does not end it."""
+    JOB_INTERVAL.labels(job.name).set(job.every)
     while True:
         await asyncio.sleep(job.every)
         try:

@@ -5,7 +5,6 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, Protocol, TypeVar, final
 
 import structlog
-from prometheus_client import Counter, Gauge
 
 from identity_service.accounts.email_flows import EmailTokens
 from identity_service.infra.audit import SCHEDULE, AuditTrail
@@ -21,17 +20,12 @@ from identity_service.infra.mail import (
 )
 from identity_service.infra.outbox import Outbox, OutboxMail
 from identity_service.infra.runtime import Secret
+from identity_service.infra.telemetry.metrics import MAILS, MAILS_WAITING, OLDEST_MAIL
 from identity_service.settings import Settings
 
 log = structlog.get_logger(__name__)
 
 Answer = TypeVar("Answer")
-
-MAILS = Counter("identity_mails_total", "Attempts to send a mail, by outcome.", ["outcome"])
-MAILS_WAITING = Gauge("identity_mails_waiting", "Mails that wait to be sent.")
-OLDEST_MAIL = Gauge(
-    "identity_mails_oldest_timestamp_seconds", "When the oldest mail that waits was ordered; 0 when none does."
-)
 
 _AT_ONCE = 4
 _LAST_WORD = 5.0  # seconds that mails on their way are given when the server stops

@@ -20,7 +20,6 @@ from identity_service.accounts.password_policy import PasswordPolicy
 from identity_service.accounts.refresh_families import Lifetimes, RefreshFamilies
 from identity_service.accounts.throttle import SignInThrottle
 from identity_service.accounts.users import Users
-from identity_service.infra import telemetry
 from identity_service.infra.audit import AuditChain, AuditTrail
 from identity_service.infra.data_keys import DataKeys
 from identity_service.infra.database import Database
@@ -33,6 +32,8 @@ from identity_service.infra.runtime import Clock, Secret, SteadyClock, SystemClo
 from identity_service.infra.runtime.envelope import MasterKeyError, MasterKeys, new_master_key
 from identity_service.infra.runtime.hashing import PasswordHasher
 from identity_service.infra.tables import OLDEST_SCHEMA_REVISION
+from identity_service.infra.telemetry import Tracer
+from identity_service.infra.telemetry.metrics import LIMITER_DEGRADED
 from identity_service.main.mail_job import build_mailer
 from identity_service.oauth.grants.client_credentials import ClientCredentials
 from identity_service.oauth.grants.password import Password
@@ -287,7 +288,20 @@ def _limiter(settings: Settings, clock: Clock) -> Limiter:
     from identity_service.infra.ratelimit.shared import FallbackLimiter, RedisLimiter, redis_client
 
     def report(degraded: bool) -> None:
-        telemetry.LIMITER_DEGRADED.set(int(degraded))
+        LIMITER_DEGRADED.set(int(degraded))
         log.warning("limiter.changed", degraded=degraded)
 
     return FallbackLimiter(RedisLimiter(redis_client(url), clock), clock, report)
+
+
+def build_tracer(settings: Settings) -> Tracer | None:
+    """Return what traces under these settings, by default nothing. Raises UnsafeSettings where it is not installed."""
+    if not settings.traces_endpoint:
+        return None
+    try:
+        from identity_service.infra.telemetry.otlp import OtlpTracer
+    except ModuleNotFoundError as error:
+        raise UnsafeSettings(
+            f"IDENTITY_TRACES_ENDPOINT is set, and {error.name} is not installed: pip install identity-service[otel]"
+        ) from None
+    return OtlpTracer.exporting_to(settings.traces_endpoint, ratio=settings.traces_ratio)

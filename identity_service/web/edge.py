@@ -17,6 +17,8 @@ from urllib.parse import unquote_to_bytes
 
 import structlog
 
+from identity_service.infra.telemetry.metrics import count_request
+from identity_service.infra.telemetry.tracing import Tracer, begin_request, end_request
 from identity_service.oauth.errors import Unavailable
 from identity_service.web.asgi import JSON, NO_STORE, AsgiApp, Headers, Receive, Reply, Scope, Send
 from identity_service.web.cors import PUBLIC_DOCUMENTS, Cors
@@ -85,6 +87,7 @@ class Edge:
         trusted_proxies: Sequence[IPNetwork] = (),
         drain: Drain | None = None,
         on_limited: Callable[[str, str], None] = lambda _limit, _network: None,
+        tracer: Tracer | None = None,
     ) -> None:
         """
         `on_limited` hears of each request that a limit refused: the limit's name, and the network it came from.
@@ -94,6 +97,7 @@ class Edge:
         """
         self._drain = drain or Drain()
         self._app = app
+        self._tracer = tracer
         self._on_limited = on_limited
         self._endpoints = endpoints
         self._hosts = frozenset(host.lower() for host in allowed_hosts)
@@ -124,6 +128,7 @@ class Edge:
         state: dict[str, Any] = {**scope.get("state", {}), "request_id": request_id}
         scope["state"] = state
         status = 0
+        route = "unmatched"
 
         async def sending(message: MutableMapping[str, Any]) -> None:
             nonlocal status
@@ -145,6 +150,7 @@ class Edge:
 
         # The server runs each request in a task of its own, so the binding ends with it.
         structlog.contextvars.bind_contextvars(request_id=request_id)
+        span = begin_request(scope["headers"], request_id, self._tracer)
         try:
             route = await self._route(scope, receive, sending)
         except asyncio.CancelledError:
@@ -156,10 +162,16 @@ class Edge:
             route = scope["path"] if scope["path"] in self._endpoints else "unmatched"
             await (oauth_reply(gone) if route in self._endpoints else problem_of(gone)).send(sending)
         except Exception as error:
-            if status:
-                raise
             route = scope["path"] if scope["path"] in self._endpoints else "unmatched"
+            if status:
+                status = 500  # what was cut off in the middle has failed, whatever it began with
+                raise
             await problem_of(error).send(sending)
+        finally:
+            seconds = (time.perf_counter_ns() - started) / 1e9
+            count_request(scope["method"], route, status, seconds)
+            if span is not None:
+                end_request(span, method=scope["method"], route=route, status=status, state=state)
         if "limit" in state:
             self._on_limited(state["limit"], network_of(scope, Headers(scope["headers"]), self._trusted_proxies))
         if self._access_log and (status >= 400 or not self._is_quiet(route)):
@@ -168,7 +180,7 @@ class Edge:
                 method=scope["method"],
                 route=route,
                 status=status,
-                ms=round((time.perf_counter_ns() - started) / 1e6, 2),
+                ms=round(seconds * 1e3, 2),
                 **{name: state[name] for name in ("client_id", "reason") if name in state},
             )
 

@@ -8,7 +8,7 @@ import structlog
 from identity_service.infra.database import DatabaseUnavailable
 from identity_service.infra.outbox import MailQueueFull
 from identity_service.infra.runtime.hashing import HashingBusy
-from identity_service.infra.telemetry import LIMITS_HIT
+from identity_service.infra.telemetry.metrics import LIMITS_HIT
 from identity_service.oauth.errors import InvalidClient, OAuthError, TooManyRequests, Unavailable
 from identity_service.oauth.signing_keys import NoUsableKey
 from identity_service.web.asgi import JSON, NO_STORE, HeaderList, Reply, Scope

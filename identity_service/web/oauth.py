@@ -19,7 +19,7 @@ from identity_service.accounts.refresh_families import GenuineToken, RefreshFami
 from identity_service.infra.audit import AuditTrail, Origin
 from identity_service.infra.database import Database, Transaction
 from identity_service.infra.runtime import Secret
-from identity_service.infra.telemetry import REFRESH_VERDICTS, TOKENS
+from identity_service.infra.telemetry.metrics import REFRESH_VERDICTS, SIGN_INS, count_token
 from identity_service.oauth.errors import IntrospectionNotAllowed, InvalidGrant, InvalidRequest, Unavailable
 from identity_service.oauth.grants.pipeline import Issued, Pipeline, Refusal, TokenRequest
 from identity_service.oauth.signing_keys import Document, SigningKeys
@@ -144,16 +144,20 @@ class TokenEndpoint(FormEndpoint):
             outcome = await self._decide(request, evidence)
         except Exception as error:
             known = as_oauth(error)
-            TOKENS.labels(label, client.id, known.code if known else "fault").inc()
+            count_token(label, client.id, known.code if known else "fault")
             raise
         if isinstance(outcome, Refusal):
-            TOKENS.labels(label, client.id, outcome.error.code).inc()
+            count_token(label, client.id, outcome.error.code)
             if grant_type == "refresh_token":
                 REFRESH_VERDICTS.labels(outcome.error.reason).inc()
+            elif grant_type == "password":
+                SIGN_INS.labels(outcome.error.reason).inc()
             if outcome.uniform:
                 await until_uniform(started, self._refusal_delay)
             raise outcome.error
-        TOKENS.labels(label, client.id, "issued").inc()
+        count_token(label, client.id, "issued")
+        if grant_type == "password":
+            SIGN_INS.labels("succeeded").inc()
         await self._pipeline.settled(request, evidence)
         return _token_reply(outcome)
 

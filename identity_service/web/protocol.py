@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from identity_service.infra.telemetry import CONNECTIONS_SHED
+from identity_service.infra.telemetry.metrics import CONNECTIONS_SHED
 from identity_service.web.asgi import NO_STORE
 from identity_service.web.edge import PROTECTION
 

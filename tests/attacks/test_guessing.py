@@ -10,7 +10,7 @@ import pytest
 
 from identity_service.accounts.throttle import Attempt
 from identity_service.infra.ratelimit import Limited
-from identity_service.infra.telemetry import TOKENS
+from identity_service.infra.telemetry.metrics import TOKENS
 from tests.support.hashing import watch_verifications
 from tests.support.reading import unverified_claims
 from tests.support.refusals import refusal

@@ -21,12 +21,12 @@ from cryptography.hazmat.primitives import serialization
 from sqlalchemy import func, insert, select, update
 from sqlalchemy.engine import make_url
 
-from identity_service.infra import telemetry
 from identity_service.infra.data_keys import PURPOSES
 from identity_service.infra.database import Transaction
 from identity_service.infra.migrate import migrate
 from identity_service.infra.runtime.envelope import MasterKeyError, MasterKeys, new_master_key
 from identity_service.infra.tables import data_keys, signing_keys
+from identity_service.infra.telemetry.metrics import SIGNING_KEYS_BROKEN
 from identity_service.main import Services, build_services, load_keys, step_keys
 from identity_service.oauth.signing_keys import KeyRecord, KeyState, NoUsableKey, Plan
 from tests.support.clock import FrozenClock
@@ -628,7 +628,7 @@ async def test_a_damaged_row_is_left_out_reported_and_the_others_serve(
     assert signing_kid(second) in jwks_kids(second)
     assert second.signing_keys.public_key(spoilt.kid) is None
     assert [(entry["event"], entry["kid"]) for entry in alarms] == [("signing_key.unusable", spoilt.kid)]
-    assert telemetry.SIGNING_KEYS_BROKEN._value.get() == 1
+    assert SIGNING_KEYS_BROKEN._value.get() == 1
     for _ in range(2):
         await step_keys(second)
     assert len(alarms) == 1, "reported once, not at every poll"
@@ -640,7 +640,7 @@ async def test_a_damaged_row_is_left_out_reported_and_the_others_serve(
     await write(first, update(signing_keys).where(signing_keys.c.kid == spoilt.kid).values(row._mapping))
     await step_keys(second)
     assert set(jwks_kids(second)) == {spoilt.kid, *(record.kid for record in keys.values())}
-    assert telemetry.SIGNING_KEYS_BROKEN._value.get() == 0
+    assert SIGNING_KEYS_BROKEN._value.get() == 0
 
 
 async def test_what_was_written_into_a_row_later_is_not_published_either(replicas: Start) -> None:

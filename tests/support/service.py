@@ -15,6 +15,7 @@ from identity_service.accounts.users import User
 from identity_service.infra.database import Transaction
 from identity_service.infra.runtime import Clock, Secret
 from identity_service.infra.tables import audit_events, refresh_families, users
+from identity_service.infra.telemetry import Tracer, metrics
 from identity_service.main import Services, create_app, load_keys
 from identity_service.main.jobs import leased_jobs
 from identity_service.settings import Settings
@@ -225,7 +226,9 @@ class Service:
 
 
 @asynccontextmanager
-async def running(settings: Settings, clock: Clock | None = None, *, peer: str = "127.0.0.1") -> AsyncIterator[Service]:
+async def running(
+    settings: Settings, clock: Clock | None = None, *, peer: str = "127.0.0.1", tracer: Tracer | None = None
+) -> AsyncIterator[Service]:
     """
     Run the service in this process, without a socket.
 
@@ -233,7 +236,8 @@ async def running(settings: Settings, clock: Clock | None = None, *, peer: str =
     what one replica does for all, mails and cleaning up, with `run_job`.
     """
     clock = clock or FrozenClock()
-    app = create_app(settings, clock=clock, leased_jobs=False)
+    metrics._clients.clear()  # a process of its own would not have counted anybody yet
+    app = create_app(settings, clock=clock, leased_jobs=False, tracer=tracer)
     transport = httpx2.ASGITransport(app=app, raise_app_exceptions=False, client=(peer, 50000))
     async with (
         app.router.lifespan_context(app),

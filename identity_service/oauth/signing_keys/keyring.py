@@ -12,11 +12,12 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from pydantic_core import to_json
 from sqlalchemy import insert, or_, select, update
 
-from identity_service.infra import telemetry
 from identity_service.infra.database import Transaction
 from identity_service.infra.runtime import Clock
 from identity_service.infra.runtime.envelope import MasterKeyError, MasterKeys, Wrapped
 from identity_service.infra.tables import signing_keys
+from identity_service.infra.telemetry.metrics import SIGNING_KEYS_BROKEN
+from identity_service.oauth.signing_keys.figures import show_schedule
 from identity_service.oauth.signing_keys.material import (
     ALGORITHM,
     Document,
@@ -119,11 +120,14 @@ class SigningKeys:
         if broken and not self._loaded:
             raise MasterKeyError(next(iter(broken.values())))
         self._broken = frozenset(broken)
-        telemetry.SIGNING_KEYS_BROKEN.set(len(broken))
+        SIGNING_KEYS_BROKEN.set(len(broken))
         self._records = tuple(records)
         for kid in self._loaded.keys() - {record.kid for record in records}:
             del self._loaded[kid]
-        return plan(self._records, self._clock.now(), self._policy)
+        now = self._clock.now()
+        owed = plan(self._records, now, self._policy)
+        show_schedule(self._records, owed, now, ready=self.ready)
+        return owed
 
     async def prepare(self, owed: Plan) -> list[NewKey]:
         """Generate the keys a plan asks for, before any lock is taken."""

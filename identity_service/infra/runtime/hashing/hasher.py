@@ -12,6 +12,7 @@ import ctypes
 import os
 import sys
 import threading
+import time
 import unicodedata
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +29,14 @@ from identity_service.infra.runtime.hashing.foreign_hashes import (
     read_hash,
 )
 from identity_service.infra.runtime.secret import Secret
+from identity_service.infra.telemetry import child_span
+from identity_service.infra.telemetry.metrics import (
+    HASHING_CAPACITY,
+    HASHING_PENDING,
+    HASHING_REFUSED,
+    HASHING_WAIT,
+    HASHING_WORK,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -97,6 +106,7 @@ class PasswordHasher:
         self._wait = wait
         self._capacity = threads + queue
         self._pending = 0
+        HASHING_CAPACITY.set(self._capacity)
         self._guard = threading.Lock()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="password", initializer=_lowest_priority)
         _give_memory_back()
@@ -152,12 +162,24 @@ class PasswordHasher:
         return theirs < ours or (theirs == ours and form == RAW_FORM)
 
     async def _in_pool(self, work: Callable[[], Answer]) -> Answer:
+        span, failed = child_span("password.hash"), None
+        try:
+            return await self._queued(work)
+        except HashingBusy as busy:
+            failed = str(busy).replace(" ", "_")
+            HASHING_REFUSED.labels(failed).inc()
+            raise
+        finally:
+            span.end(failed=failed)
+
+    async def _queued(self, work: Callable[[], Answer]) -> Answer:
         with self._guard:
             if self._pending >= self._capacity:
                 raise HashingBusy("queue full")
             self._pending += 1
+        HASHING_PENDING.inc()
         try:
-            future = self._pool.submit(work)
+            future = self._pool.submit(_timed, work, time.perf_counter())
         except RuntimeError:
             self._done()
             raise HashingBusy("shutting down") from None
@@ -176,6 +198,17 @@ class PasswordHasher:
     def _done(self, _future: "Future[Answer] | None" = None) -> None:
         with self._guard:
             self._pending -= 1
+        HASHING_PENDING.dec()
+
+
+def _timed(work: Callable[[], Answer], queued_at: float) -> Answer:
+    """Do the work, and say how long it waited for this thread and how long it took."""
+    began_at = time.perf_counter()
+    HASHING_WAIT.observe(began_at - queued_at)
+    try:
+        return work()
+    finally:
+        HASHING_WORK.observe(time.perf_counter() - began_at)
 
 
 def _lowest_priority() -> None:

@@ -1,8 +1,4 @@
-"""
-Logs and metrics: one JSON line per event, a handful of counters, and never a secret in either.
-
-Metrics carry no user, address or token, and every label has few values, so that nobody outside can make them grow.
-"""
+"""The log: one JSON line per event, in words of our own, with the ids of its request and its trace."""
 
 import json
 import logging
@@ -11,24 +7,9 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any, TextIO
 
 import structlog
-from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, generate_latest
 from pydantic_core import PydanticSerializationError, to_json
 
-TOKENS = Counter(
-    "identity_tokens_total", "Token requests, by grant, client and outcome.", ["grant", "client", "outcome"]
-)
-REFRESH_VERDICTS = Counter(
-    "identity_refresh_verdicts_total", "Refresh tokens that were refused, by verdict.", ["verdict"]
-)
-LIMITS_HIT = Counter("identity_limits_hit_total", "Requests refused by a limit.", ["limit"])
-LIMITER_DEGRADED = Gauge("identity_limiter_degraded", "1 while limits are kept in this process because Redis is away.")
-SIGNING_KEYS_BROKEN = Gauge("identity_signing_keys_unusable", "Published signing keys that could not be unwrapped.")
-
-CONNECTIONS_SHED = Counter(
-    "identity_connections_shed_total",
-    "Connections ended because there were too many: idle ones, or new ones.",
-    ["which"],
-)
+from identity_service.infra.telemetry.tracing import current_trace_id
 
 _SECRET_NAMES = {
     *("password", "secret", "client_secret", "token", "refresh_token", "access_token", "code", "code_verifier"),
@@ -40,6 +21,13 @@ def _redact(_logger: object, _method: str, event: MutableMapping[str, Any]) -> M
     """Blank what is named like a secret: the second net, under values that already cannot print themselves."""
     for name in _SECRET_NAMES & event.keys():
         event[name] = "[redacted]"
+    return event
+
+
+def _name_trace(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Add the trace that the request belongs to, if its caller or we ourselves have named one."""
+    if (trace_id := current_trace_id()) is not None:
+        event["trace_id"] = trace_id
     return event
 
 
@@ -60,6 +48,7 @@ def configure_logging(*, level: str = "INFO", as_json: bool = True, stream: Text
     stream = stream or sys.stdout
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
+        _name_trace,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         _redact,
@@ -90,12 +79,5 @@ def configure_logging(*, level: str = "INFO", as_json: bool = True, stream: Text
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
-
-
-EXPOSITION_TYPE = CONTENT_TYPE_LATEST
-"""The content type of what `exposition` returns."""
-
-
-def exposition() -> bytes:
-    """Return everything that is counted in this process, in the text format of Prometheus."""
-    return generate_latest()
+    # What a collector answered, or an address that did not, in its own words; `otlp` says in ours that spans were lost.
+    logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
