@@ -67,6 +67,7 @@ migrate: $(STAMP) ## Bring the schema up to date: of IDENTITY_DATABASE_URL, or o
 lock: $(STAMP) ## Compile requirements/*.txt anew from pyproject.toml
 	$(BIN)/uv pip compile -q pyproject.toml --extra server --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --upgrade -o requirements/server.txt
 	$(BIN)/uv pip compile -q pyproject.toml --extra server --extra otel --group dev --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --upgrade -o requirements/dev.txt
+	$(BIN)/uv pip compile -q --group pyproject.toml:build --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --upgrade -o requirements/build.txt
 
 clean: ## Remove what make made, but neither data nor keys
 	rm -rf $(VENV) .tools dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
