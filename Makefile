@@ -10,7 +10,11 @@ TOOLS  := promtool
 export UV_PYTHON_DOWNLOADS = never
 
 .DEFAULT_GOAL := help
+<<<<<<< HEAD
 .PHONY: help install run test tools conformance torture prove-rotation check format bench migrate lock clean
+=======
+.PHONY: help install run test conformance torture prove-rotation check format bench migrate manifests lock clean
+>>>>>>> k8s
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -63,6 +67,9 @@ bench: $(STAMP) ## Measure speed and memory against this machine's own RSA speed
 
 migrate: $(STAMP) ## Bring the schema up to date: of IDENTITY_DATABASE_URL, or of this machine's SQLite
 	$(BIN)/identity-service migrate $(if $(IDENTITY_DATABASE_URL),,--data-dir .data)
+
+manifests: $(STAMP) ## Render deploy/kubernetes anew; takes kustomize or kubectl
+	$(BIN)/python -m tests.deploy.render
 
 lock: $(STAMP) ## Compile requirements/*.txt anew from pyproject.toml
 	$(BIN)/uv pip compile -q pyproject.toml --extra server --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --upgrade -o requirements/server.txt
