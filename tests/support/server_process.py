@@ -18,7 +18,7 @@ from tests.support.service import MASTER_KEY
 _ROOT = Path(__file__).parents[2]
 _START_DEADLINE = 30.0
 _STOP_DEADLINE = 30.0
-_COMMAND = "from identity_service.cli import main; main()"
+COMMAND = "from identity_service.cli import main; main()"
 
 
 @final
@@ -27,11 +27,13 @@ class ServerProcess:
     `identity-service serve` on a free port of 127.0.0.1, ready to answer; its log goes to a file.
 
     `env` holds settings by their names without the prefix, in small letters: `refusal_delay="0"`. Unless they say
-    otherwise the server runs in development with the tests' master key and cheap hashes. Raises RuntimeError with the
-    log if it does not start. Leave it with `stop` (SIGTERM), `kill` (SIGKILL) or a `with` block.
+    otherwise the server runs in development with the tests' master key and cheap hashes. `program` is what Python runs
+    instead of the command line, with `serve` as its argument: a server that a test has done something to. Raises
+    RuntimeError with the log if it does not start. Leave it with `stop` (SIGTERM), `kill` (SIGKILL) or a `with` block.
     """
 
-    def __init__(self, database_url: str, redis_url: str | None = None, **env: str) -> None:
+    def __init__(self, database_url: str, redis_url: str | None = None, *, program: str = COMMAND, **env: str) -> None:
+        self._program = program
         self._folder = tempfile.TemporaryDirectory(prefix="identity-server-", ignore_cleanup_errors=True)
         self._log = Path(self._folder.name, "server.log")
         self._settings = {
@@ -123,7 +125,7 @@ class ServerProcess:
         environment |= {"IDENTITY_PORT": str(self.port), "PYTHONPATH": str(_ROOT), "PYTHONUNBUFFERED": "1"}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _COMMAND, "serve"],
+                [sys.executable, "-c", self._program, "serve"],
                 cwd=self._folder.name,
                 env=environment,
                 stdin=subprocess.DEVNULL,

@@ -1,0 +1,214 @@
+"""
+A load balancer in a test's hand: what stands before the replicas in production, small enough to reason about.
+
+It works on connections, as the network of a cluster does: each new one goes to the next replica that was ready when it
+was last asked, and stays there however many requests it carries. Readiness is asked a few times a second on the
+management listener, and what was found may be heard of late, as in a cluster, where every node learns it in its own
+time. A connection that a replica does not take is nobody's to mend: its client is cut off, and it is counted.
+"""
+
+import asyncio
+import contextlib
+import socket
+import struct
+import threading
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar, final
+
+Answer = TypeVar("Answer")
+
+_HOST: Final = "127.0.0.1"
+_PIECE: Final = 64 * 1024
+_PATIENCE: Final = 10.0  # seconds for the balancer's own thread to do what it is told, which takes milliseconds
+_PROBE_PATIENCE: Final = 1.0  # seconds for an answer about readiness; no answer is one, too
+_RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
+
+
+@final
+@dataclass(eq=False)
+class Backend:
+    """A replica as the balancer knows it."""
+
+    name: str
+    port: int
+    management_port: int
+    ready: bool = False
+    """Whether it gets new connections."""
+    served: int = 0
+    """How many connections it took."""
+    refused: int = 0
+    """How many it did not take."""
+    probing: "asyncio.Task[None] | None" = field(default=None, repr=False)
+
+
+@final
+class Balancer:
+    """
+    Hands connections on from a port of its own on 127.0.0.1 to those replicas that are ready.
+
+    It lives in a thread with an event loop of its own, so that coroutines, threads and other processes may all talk
+    through it. Enter it with `with`; every method has taken effect when it returns.
+    """
+
+    def __init__(self, *, every: float = 0.2, late: float = 0.0, heeds_readiness: bool = True) -> None:
+        """
+        `every` is how many seconds lie between two questions about readiness, `late` after how many more an answer
+        counts. A balancer that does not heed readiness sends connections to everybody it knows.
+        """
+        self._every = every
+        self._late = late
+        self._heeds_readiness = heeds_readiness
+        self._backends: dict[str, Backend] = {}
+        self._connections: set[asyncio.Task[None]] = set()
+        self._turn = 0
+        self.port = 0
+        """Where it listens, once it was entered."""
+        self.turned_away = 0
+        """How many connections found no replica that was ready."""
+
+    @property
+    def url(self) -> str:
+        """Where clients go, without a slash at the end."""
+        return f"http://{_HOST}:{self.port}"
+
+    def put(self, name: str, port: int, management_port: int) -> Backend:
+        """Know a replica by this name from now on, in the place of one that had it; it must be seen to be ready."""
+
+        async def know() -> Backend:
+            await self._forget(name)
+            backend = self._backends[name] = Backend(name, port, management_port)
+            backend.probing = self._loop.create_task(self._watch(backend))
+            return backend
+
+        return self._do(know())
+
+    def drop(self, name: str) -> None:
+        """Forget a replica; connections that it has stay."""
+        self._do(self._forget(name))
+
+    def backend(self, name: str) -> Backend:
+        """Return a replica by its name."""
+        return self._backends[name]
+
+    # -- its life -------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        self._loop = asyncio.SelectorEventLoop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="balancer", daemon=True)
+        self._thread.start()
+        self._server = self._do(asyncio.start_server(self._accept, _HOST, 0, backlog=1024))
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._do(self._close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(_PATIENCE)
+        self._loop.close()
+
+    def _do(self, work: Coroutine[Any, Any, Answer]) -> Answer:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(_PATIENCE)
+
+    async def _close(self) -> None:
+        self._server.close()
+        for name in tuple(self._backends):
+            await self._forget(name)
+        for task in tuple(self._connections):
+            task.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+        await asyncio.sleep(0)  # the transports close their sockets in the loop's next turn
+
+    async def _forget(self, name: str) -> None:
+        backend = self._backends.pop(name, None)
+        if backend is not None and backend.probing is not None:
+            backend.probing.cancel()
+            await asyncio.gather(backend.probing, return_exceptions=True)
+
+    # -- readiness ------------------------------------------------------------------------------------------------
+
+    async def _watch(self, backend: Backend) -> None:
+        """Ask one replica for its readiness until cancelled."""
+        while True:
+            ready = await self._is_ready(backend) if self._heeds_readiness else True
+            self._loop.call_later(self._late, self._hear, backend, ready)
+            await asyncio.sleep(self._every)
+
+    @staticmethod
+    def _hear(backend: Backend, ready: bool) -> None:
+        backend.ready = ready
+
+    async def _is_ready(self, backend: Backend) -> bool:
+        try:
+            async with asyncio.timeout(_PROBE_PATIENCE):
+                reader, writer = await asyncio.open_connection(_HOST, backend.management_port)
+                try:
+                    writer.write(b"GET /readyz HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+                    return (await reader.readline()).split(b" ", 2)[1:2] == [b"200"]
+                finally:
+                    writer.close()
+        except (OSError, TimeoutError):
+            return False
+
+    # -- handing on -----------------------------------------------------------------------------------------------
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = self._loop.create_task(self._serve(reader, writer))
+        self._connections.add(task)
+        task.add_done_callback(self._connections.discard)
+
+    async def _serve(self, requests: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
+        backend = self._next()
+        if backend is None:
+            self.turned_away += 1
+            _reset(client)
+            return
+        try:
+            answers, server = await asyncio.open_connection(_HOST, backend.port)
+        except OSError:
+            backend.refused += 1
+            _reset(client)
+            return
+        backend.served += 1
+        ways = [
+            self._loop.create_task(_carry(requests, server)),
+            self._loop.create_task(_carry(answers, client)),
+        ]
+        try:
+            await asyncio.gather(*ways)
+        except OSError:  # one side was cut off; so is the other
+            _reset(client)
+            _reset(server)
+        finally:
+            for way in ways:
+                way.cancel()
+            await asyncio.gather(*ways, return_exceptions=True)
+            client.close()
+            server.close()
+
+    def _next(self) -> Backend | None:
+        """Return whose turn it is among those that are ready."""
+        ready = [backend for backend in self._backends.values() if backend.ready]
+        if not ready:
+            return None
+        self._turn += 1
+        return ready[self._turn % len(ready)]
+
+
+async def _carry(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    """Hand on what comes, and its end."""
+    while piece := await source.read(_PIECE):
+        sink.write(piece)
+        await sink.drain()
+    if not sink.is_closing() and sink.can_write_eof():
+        sink.write_eof()
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    """End a connection with RST."""
+    with contextlib.suppress(OSError):  # it is closed already
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+    writer.transport.abort()
