@@ -10,11 +10,7 @@ TOOLS  := promtool
 export UV_PYTHON_DOWNLOADS = never
 
 .DEFAULT_GOAL := help
-<<<<<<< HEAD
-.PHONY: help install run test tools conformance torture prove-rotation check format bench migrate lock clean
-=======
-.PHONY: help install run test conformance torture prove-rotation check format bench migrate manifests lock clean
->>>>>>> k8s
+.PHONY: $(shell sed -n 's/^\([a-z-]*\):.*\#\# .*/\1/p' $(MAKEFILE_LIST))
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
