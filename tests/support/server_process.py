@@ -27,11 +27,13 @@ class ServerProcess:
     `identity-service serve` on a free port of 127.0.0.1, ready to answer; its log goes to a file.
 
     `env` holds settings by their names without the prefix, in small letters: `refusal_delay="0"`. Unless they say
-    otherwise the server runs in development with the tests' master key and cheap hashes. Raises RuntimeError with the
-    log if it does not start. Leave it with `stop` (SIGTERM), `kill` (SIGKILL) or a `with` block.
+    otherwise the server runs in development with the tests' master key and cheap hashes; `code` is the folder that its
+    package is in. Raises RuntimeError with the log if it does not start. Leave it with `stop` (SIGTERM), `kill`
+    (SIGKILL) or a `with` block.
     """
 
-    def __init__(self, database_url: str, redis_url: str | None = None, **env: str) -> None:
+    def __init__(self, database_url: str, redis_url: str | None = None, *, code: Path = _ROOT, **env: str) -> None:
+        self._code = code
         self._folder = tempfile.TemporaryDirectory(prefix="identity-server-", ignore_cleanup_errors=True)
         self._log = Path(self._folder.name, "server.log")
         self._settings = {
@@ -120,7 +122,7 @@ class ServerProcess:
     def _spawn(self) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("IDENTITY_")}
         environment |= {f"IDENTITY_{name.upper()}": value for name, value in self._settings.items()}
-        environment |= {"IDENTITY_PORT": str(self.port), "PYTHONPATH": str(_ROOT), "PYTHONUNBUFFERED": "1"}
+        environment |= {"IDENTITY_PORT": str(self.port), "PYTHONPATH": str(self._code), "PYTHONUNBUFFERED": "1"}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _COMMAND, "serve"],
