@@ -202,19 +202,22 @@ def test_no_request_waits_for_long_while_large_tables_are_migrated(url: str) -> 
     ],
 )
 def test_an_index_is_built_while_others_write(url: str, table: str, change: str) -> None:
-    """It waits for who was there before it, and holds up nobody who comes after."""
+    """It waits for who was there before it, in one go, and holds up nobody who comes after."""
     migrate(url, revision="0003")
+    said: list[str] = []
     with holding(url, change.format("min")) as somebody:
-        migration = start(lambda: migrate(url))
+        migration = start(lambda: migrate(url, say=said.append))
         pid = until_it_waits(url)
         held = "SELECT mode FROM pg_locks WHERE pid = {} AND relation = '{}'::regclass AND granted"
         assert ask(url, held.format(pid, table)) == [("ShareUpdateExclusiveLock",)]
         with psycopg.connect(address(url), options="-c lock_timeout=300") as other:
             other.execute(change.format("max"))
             other.execute(f"SELECT count(*) FROM {table} WHERE id IS NULL")  # noqa: S608  # our own name
-        until_it_waits(url)
+        time.sleep(1)  # longer than it would wait for a lock that holds others up
+        assert until_it_waits(url) == pid
         somebody.commit()
         migration.end()
+    assert [line[:5] for line in said] == [f"{each}:" for each in revisions() if each > "0003"]
     assert ask(url, "SELECT version_num FROM alembic_version") == [(SCHEMA_REVISION,)]
     assert ask(url, "SELECT indexrelid::regclass FROM pg_index WHERE NOT indisvalid") == []
 
