@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, Engine, create_engine, inspect, make_url, select
 
-from identity_service.infra.migrate import connected, migrate, script_config
+from identity_service.infra.migrate import migrate
 from identity_service.infra.tables import SCHEMA_REVISION, locks, metadata, role_scopes, roles, scopes
+from tests.support.migrations import downgrade
 from tests.support.servers import PostgresServer
 
 ROOT = Path(__file__).parents[2]
@@ -63,11 +63,6 @@ def snapshot(connection: Connection) -> dict[str, list[Any]]:
     }
     rows["alembic_version"] = list(connection.exec_driver_sql("SELECT version_num FROM alembic_version").all())
     return rows
-
-
-def downgrade(url: str) -> None:
-    with connected(url) as connection:
-        command.downgrade(script_config(connection=connection), "base")
 
 
 @BOTH
@@ -123,7 +118,7 @@ def test_migrating_again_changes_nothing(url: str) -> None:
 def test_the_way_down_leaves_nothing_and_the_way_up_again_everything(url: str) -> None:
     """Every revision can be taken back."""
     migrate(url)
-    downgrade(url)
+    downgrade(url, "base")
     engine = engine_of(url)
     assert set(inspect(engine).get_table_names()) <= {"alembic_version", "sqlite_sequence"}
     engine.dispose()

@@ -28,12 +28,22 @@ class ServerProcess:
 
     `env` holds settings by their names without the prefix, in small letters: `refusal_delay="0"`. Unless they say
     otherwise the server runs in development with the tests' master key and cheap hashes. `program` is what Python runs
-    instead of the command line, with `serve` as its argument: a server that a test has done something to. Raises
-    RuntimeError with the log if it does not start. Leave it with `stop` (SIGTERM), `kill` (SIGKILL) or a `with` block.
+    instead of the command line, with `serve` as its argument: a server that a test has done something to. `code` is
+    the folder that its package is in. Raises RuntimeError with the log if it does not start. Leave it with `stop`
+    (SIGTERM), `kill` (SIGKILL) or a `with` block.
     """
 
-    def __init__(self, database_url: str, redis_url: str | None = None, *, program: str = COMMAND, **env: str) -> None:
+    def __init__(
+        self,
+        database_url: str,
+        redis_url: str | None = None,
+        *,
+        program: str = COMMAND,
+        code: Path = _ROOT,
+        **env: str,
+    ) -> None:
         self._program = program
+        self._code = code
         self._folder = tempfile.TemporaryDirectory(prefix="identity-server-", ignore_cleanup_errors=True)
         self._log = Path(self._folder.name, "server.log")
         self._settings = {
@@ -122,7 +132,7 @@ class ServerProcess:
     def _spawn(self) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("IDENTITY_")}
         environment |= {f"IDENTITY_{name.upper()}": value for name, value in self._settings.items()}
-        environment |= {"IDENTITY_PORT": str(self.port), "PYTHONPATH": str(_ROOT), "PYTHONUNBUFFERED": "1"}
+        environment |= {"IDENTITY_PORT": str(self.port), "PYTHONPATH": str(self._code), "PYTHONUNBUFFERED": "1"}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", self._program, "serve"],
