@@ -30,7 +30,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import TypeDecorator
 
-SCHEMA_REVISION = "0004"
+SCHEMA_REVISION = "0005"
 LONGEST_USER_AGENT = 256
 """Characters of what a program says about itself; what follows is not looked at."""
 """The oldest migration this code can work on. Revisions are numbered, so a newer one compares greater."""
@@ -301,6 +301,14 @@ leases = Table(
     Column("done_at", UtcDateTime),  # when the job last ended well
 )
 
+installation = Table(
+    "installation",
+    metadata,
+    Column("id", Uuid, primary_key=True),  # not one for all: a dump that is loaded into this table adds its row
+    Column("mark", String(64), nullable=False),  # where the row was written, which no dump can bring along
+    Column("restored_at", UtcDateTime),  # when this database was last put right after a restore
+)
+
 spent_bootstrap_secrets = Table(
     "spent_bootstrap_secrets",
     metadata,
@@ -365,6 +373,7 @@ OWNERS = {
     "email_tokens": "identity_service.accounts.email_flows",
     "outbox": "identity_service.infra.outbox",
     "leases": "identity_service.infra.leases",
+    "installation": "identity_service.infra.installation",
     "spent_bootstrap_secrets": "identity_service.accounts.bootstrap",
     "audit_chain": "identity_service.infra.audit",
     "audit_events": "identity_service.infra.audit",
