@@ -30,7 +30,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import TypeDecorator
 
-SCHEMA_REVISION = "0004"
+SCHEMA_REVISION = "0005"
 """The newest migration, whose schema the tables below are. Revisions are numbered, so a newer one compares greater."""
 OLDEST_SCHEMA_REVISION = "0004"
 """The oldest migration whose schema this code works on: with an older one it neither starts nor says it is ready."""
@@ -303,6 +303,14 @@ leases = Table(
     Column("done_at", UtcDateTime),  # when the job last ended well
 )
 
+installation = Table(
+    "installation",
+    metadata,
+    Column("id", Uuid, primary_key=True),  # not one for all: a dump that is loaded into this table adds its row
+    Column("mark", String(64), nullable=False),  # where the row was written, which no dump can bring along
+    Column("restored_at", UtcDateTime),  # when this database was last put right after a restore
+)
+
 spent_bootstrap_secrets = Table(
     "spent_bootstrap_secrets",
     metadata,
@@ -367,6 +375,7 @@ OWNERS = {
     "email_tokens": "identity_service.accounts.email_flows",
     "outbox": "identity_service.infra.outbox",
     "leases": "identity_service.infra.leases",
+    "installation": "identity_service.infra.installation",
     "spent_bootstrap_secrets": "identity_service.accounts.bootstrap",
     "audit_chain": "identity_service.infra.audit",
     "audit_events": "identity_service.infra.audit",

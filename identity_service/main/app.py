@@ -22,7 +22,7 @@ from identity_service.infra.ratelimit.catalogue import (
 from identity_service.infra.runtime import Clock
 from identity_service.infra.telemetry import Tracer
 from identity_service.main.jobs import flush_audit, for_all, load_keys, repeat, step_keys
-from identity_service.main.services import Services, build_services, build_tracer, schema_fault
+from identity_service.main.services import Services, build_services, build_tracer, restore_fault, schema_fault
 from identity_service.settings import Settings, UnsafeSettings
 from identity_service.web.account.api_keys import api_keys_router
 from identity_service.web.account.parts import AccountParts, Mail
@@ -65,7 +65,7 @@ async def _check_default_client(services: Services) -> None:
 
 async def _prepare(services: Services) -> None:
     """Load the keys, and refuse to start where something is wrong that requests would stumble over."""
-    if fault := await schema_fault(services.db):
+    if fault := await schema_fault(services.db) or await restore_fault(services.db):
         raise UnsafeSettings(fault)
     await load_keys(services)
     await _check_default_client(services)

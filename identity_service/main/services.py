@@ -23,6 +23,7 @@ from identity_service.accounts.users import Users
 from identity_service.infra.audit import AuditChain, AuditTrail
 from identity_service.infra.data_keys import DataKeys
 from identity_service.infra.database import Database
+from identity_service.infra.installation import read_installation
 from identity_service.infra.leases import Leases
 from identity_service.infra.mail import Mailer
 from identity_service.infra.outbox import Outbox
@@ -161,6 +162,18 @@ async def schema_fault(db: Database) -> str | None:
             f" {OLDEST_SCHEMA_REVISION}: run `identity-service migrate`"
         )
     return None
+
+
+async def restore_fault(db: Database) -> str | None:
+    """Return why a database must not be served that was restored or copied; None for one that stands where it stood."""
+    found = await db.run(read_installation)
+    if found is None or found.at_home:
+        return None
+    return (
+        "the database was restored from a dump, or copied, and would bring back what was ended since: run"
+        " `identity-service after-restore`, or, if it was only moved while nothing was served,"
+        " `identity-service after-restore --nothing-lost`"
+    )
 
 
 def _silent(_line: str) -> None:

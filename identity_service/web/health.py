@@ -8,6 +8,7 @@ from typing import final
 from sqlalchemy.exc import SQLAlchemyError
 
 from identity_service.infra.database import Database, DatabaseUnavailable, PoolExhausted
+from identity_service.infra.installation import Installation, read_installation
 from identity_service.infra.tables import OLDEST_SCHEMA_REVISION
 from identity_service.oauth.signing_keys import SigningKeys
 from identity_service.web.asgi import JSON, NO_STORE, Receive, Reply, Scope, Send
@@ -41,7 +42,11 @@ class Liveness:
 
 @final
 class Readiness:
-    """`GET /readyz`: the database answers, its schema is new enough, a signing key is loaded, and nobody is leaving."""
+    """
+    `GET /readyz`: the database answers, its schema is new enough, a signing key is loaded, and nobody is leaving.
+
+    Nor is it a restored copy, which may have come under a running server.
+    """
 
     methods: Sequence[str] = ("GET", "HEAD")
     quiet = True
@@ -81,11 +86,18 @@ class Readiness:
         now = asyncio.get_running_loop().time()
         try:
             revision = await self._db.revision()
+            async with self._db.transaction() as tx:
+                found = await read_installation(tx)
         except PoolExhausted:  # busy is not away: the last answer stands, for a while
             if now - self._answered_at > _STALE:
                 self._database = "unreachable"
         except (DatabaseUnavailable, SQLAlchemyError):
             self._database, self._answered_at = "unreachable", now
         else:
-            new_enough = revision is not None and revision >= OLDEST_SCHEMA_REVISION
-            self._database, self._answered_at = "ok" if new_enough else "schema too old", now
+            self._database, self._answered_at = _state(revision, found), now
+
+
+def _state(revision: str | None, found: Installation | None) -> str:
+    if revision is None or revision < OLDEST_SCHEMA_REVISION:
+        return "schema too old"
+    return "ok" if found is None or found.at_home else "restored or copied"

@@ -39,7 +39,7 @@ import redis
 from psycopg import sql
 from redis.backoff import NoBackoff
 from redis.retry import Retry
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 
 # What a crash would cost is what makes a commit slow; the tests' data may be lost, a measurement must pay the price.
 FAST: Mapping[str, str] = {
@@ -103,13 +103,17 @@ class PostgresServer:
         Create the database `name`, as a copy of `template` if one is named, and return its URL.
 
         Nobody may be connected to the template meanwhile. Copying files is the cheaper strategy where fsync is off.
+        A copy of a database of the service is told that it is at home, or nobody would serve it.
         """
         statement = sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name))
         if template is not None:
             statement += sql.SQL(" TEMPLATE {} STRATEGY file_copy").format(sql.Identifier(template))
         with self._connect() as connection:
             connection.execute(statement)
-        return make_url(self.url).set(database=name).render_as_string(hide_password=False)
+        url = make_url(self.url).set(database=name)
+        if template is not None:
+            _settle(url)
+        return url.render_as_string(hide_password=False)
 
     def drop_database(self, name: str) -> None:
         """Drop the database `name`, if it exists, and cut off whoever is still connected to it."""
@@ -183,6 +187,17 @@ class RedisServer:
         return redis.Redis.from_url(self.url, socket_timeout=5, retry=Retry(NoBackoff(), 0))
 
 
+def _settle(url: URL) -> None:
+    address = url.set(drivername="postgresql").render_as_string(hide_password=False)
+    with psycopg.connect(address, autocommit=True, connect_timeout=5) as connection:
+        row = connection.execute("SELECT to_regclass('installation')").fetchone()
+        if row is not None and row[0] is not None:
+            connection.execute(
+                "UPDATE installation SET mark = concat_ws('.', (SELECT oid FROM pg_database"
+                " WHERE datname = current_database()), tableoid, pg_current_xact_id()::xid)"
+            )
+
+
 # --- servers that we run ----------------------------------------------------------------------------------------------
 
 
@@ -215,6 +230,25 @@ class LocalPostgres(PostgresServer):
     def folder(self) -> Path:
         """The folder that holds the data and `server.log`."""
         return self._box.folder
+
+    @property
+    def data(self) -> Path:
+        """The folder with the databases."""
+        return self._data
+
+    def run_client(self, program: str, *arguments: str | Path) -> str:
+        """
+        Run a program that came with the server, `pg_dump` say, and return what it printed.
+
+        Raises RuntimeError with its complaint.
+        """
+        path = self._programs / program
+        done = subprocess.run(
+            [path, *arguments], env=_environment(path), capture_output=True, text=True, timeout=120, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"{program} failed: {done.stderr}")
+        return done.stdout
 
     def start(self) -> None:
         """Start the stopped server on the same data and the same port; return once it answers."""
