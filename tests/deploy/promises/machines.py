@@ -108,6 +108,20 @@ composed_containers_run_as_the_user_of_the_image.broken_by(
 
 
 @promise
+def composed_commands_are_those_that_there_are(site: Site) -> Iterator[str]:
+    """`command` alone would be put behind whatever the image's entry point is."""
+    for name, command in (("migrate", ["migrate"]), ("identity-service", ["serve"])):
+        service = _services(site)[name]
+        if service.get("entrypoint") != ["identity-service"] or service.get("command") != command:
+            yield f"{name}: {service.get('entrypoint')} {service.get('command')}"
+
+
+composed_commands_are_those_that_there_are.broken_by(
+    "the program is named in the command", lambda site: put(_ours(site), "command", value=["identity-service", "serve"])
+)
+
+
+@promise
 def composed_ports_are_of_this_machine_only(site: Site) -> Iterator[str]:
     """A port without an address is open to the network, past the firewall; database and Redis have none at all."""
     for name, service in _services(site).items():
