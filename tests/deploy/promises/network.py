@@ -1,0 +1,363 @@
+"""Who may reach whom: default deny both ways, and openings that each name a peer and a port."""
+
+import ipaddress
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from tests.deploy.promises import promise
+from tests.deploy.site import Document, Pod, Site, dig, drop, put, selects
+
+_DNS = {("UDP", 53), ("TCP", 53)}
+
+
+def _policies(among: list[Document]) -> list[Document]:
+    return [found for found in among if found["kind"] == "NetworkPolicy"]
+
+
+def _rules(among: list[Document], direction: str, pod: Pod) -> Iterator[tuple[str, Document]]:
+    """Yield the rules (`ingress` or `egress`) of every policy that is about a pod, with the policy's name."""
+    for policy in _policies(among):
+        if selects(dig(policy, "spec", "podSelector"), pod.labels):
+            for rule in dig(policy, "spec", direction, default=[]):
+                yield policy["metadata"]["name"], rule
+
+
+def _port(site: Site, port: Any) -> int:
+    """Return the number of a port, which may be named as the server's container names it."""
+    named = {each.get("name"): each["containerPort"] for each in site.server.get("ports") or []}
+    return int(named.get(port, -1)) if isinstance(port, str) else int(port)
+
+
+def _openings(site: Site, among: list[Document], direction: str, pod: Pod) -> set[tuple[str, int]]:
+    return {
+        (opening.get("protocol", "TCP"), _port(site, opening.get("port", 0)))
+        for _, rule in _rules(among, direction, pod)
+        for opening in rule.get("ports") or [{}]
+    }
+
+
+@promise
+def nothing_comes_in_or_goes_out_by_default(site: Site) -> Iterator[str]:
+    """For every pod of the namespace, those that nobody has thought of included."""
+    for policy in _policies(site.production):
+        spec = policy["spec"]
+        if spec.get("podSelector") == {} and not spec.get("ingress") and not spec.get("egress"):
+            if set(spec.get("policyTypes") or []) != {"Ingress", "Egress"}:
+                yield f"only {spec.get('policyTypes')}"
+            return
+    yield "no policy is about every pod"
+
+
+nothing_comes_in_or_goes_out_by_default.broken_by(
+    "what goes out is not denied",
+    lambda site: put(site.find("NetworkPolicy", "default-deny"), "spec", "policyTypes", value=["Ingress"]),
+)
+nothing_comes_in_or_goes_out_by_default.broken_by(
+    "only the server is denied", lambda site: site.production.remove(site.find("NetworkPolicy", "default-deny"))
+)
+
+
+@promise
+def the_migration_is_shut_off_before_anything_else_is_there(site: Site) -> Iterator[str]:
+    """It runs before the base is applied, so its own policies deny both ways; nobody reaches it."""
+    kinds: set[str] = set()
+    for policy in _policies(site.migrate):
+        if selects(policy["spec"].get("podSelector"), site.migration_pod.labels):
+            kinds |= set(policy["spec"].get("policyTypes") or [])
+    if kinds != {"Ingress", "Egress"}:
+        yield f"denied: {kinds}"
+    for among in (site.production, site.migrate, site.ingress):
+        for name, _ in _rules(among, "ingress", site.migration_pod):
+            yield f"{name} lets somebody in"
+
+
+def _drop_ingress(site: Site) -> None:
+    for policy in _policies(site.migrate):
+        put(policy, "spec", "policyTypes", value=["Egress"])
+
+
+the_migration_is_shut_off_before_anything_else_is_there.broken_by(
+    "the migration may be reached until the base is there", _drop_ingress
+)
+
+
+@promise
+def every_opening_names_its_peer_and_its_port(site: Site) -> Iterator[str]:
+    """No rule without a peer, which would mean everybody, nor without a port, which would mean every port."""
+    for policy in (*_policies(site.production), *_policies(site.migrate), *_policies(site.ingress)):
+        name = policy["metadata"]["name"]
+        for direction, peers in (("ingress", "from"), ("egress", "to")):
+            for rule in policy["spec"].get(direction) or []:
+                if not rule.get(peers) or not rule.get("ports"):
+                    yield f"{name}: {rule}"
+                for peer in rule.get(peers) or []:
+                    block = dig(peer, "ipBlock", "cidr")
+                    if peer == {} or peer.get("namespaceSelector") == {}:
+                        yield f"{name}: everybody"
+                    if block is not None and ipaddress.ip_network(block).prefixlen < 16:
+                        yield f"{name}: {block}"
+                for opening in rule.get("ports") or []:
+                    if "port" not in opening or "endPort" in opening:
+                        yield f"{name}: {opening}"
+
+
+every_opening_names_its_peer_and_its_port.broken_by(
+    "PostgreSQL may be anywhere",
+    lambda site: put(
+        site.find("NetworkPolicy", "identity-service-to-postgresql"),
+        "spec", "egress", 0, "to", 0, "ipBlock", "cidr", value="0.0.0.0/0",
+    ),
+)  # fmt: skip
+every_opening_names_its_peer_and_its_port.broken_by(
+    "any port of the gateway's choice",
+    lambda site: drop(site.find("NetworkPolicy", "identity-service-from-gateway"), "spec", "ingress", 0, "ports"),
+)
+
+
+@promise
+def only_prometheus_comes_to_the_management_port(site: Site) -> Iterator[str]:
+    """One pod of one namespace; the kubelet's probes come from the node and need no opening."""
+    found = []
+    for name, rule in _rules(site.production, "ingress", site.pod):
+        if any(_port(site, opening.get("port", 0)) == _port(site, "management") for opening in rule.get("ports") or []):
+            found.append(name)
+            for peer in rule.get("from") or []:
+                if (
+                    not dig(peer, "namespaceSelector", "matchLabels")
+                    or dig(peer, "podSelector", "matchLabels", "app.kubernetes.io/name") != "prometheus"
+                ):
+                    yield f"{name}: {peer}"
+    if len(found) != 1:
+        yield f"openings: {found}"
+
+
+only_prometheus_comes_to_the_management_port.broken_by(
+    "every pod of the monitoring may come",
+    lambda site: drop(
+        site.find("NetworkPolicy", "identity-service-from-prometheus"), "spec", "ingress", 0, "from", 0, "podSelector"
+    ),
+)
+only_prometheus_comes_to_the_management_port.broken_by(
+    "the gateway may come, too",
+    lambda site: site.find("NetworkPolicy", "identity-service-from-gateway")["spec"]["ingress"][0]["ports"].append(
+        {"protocol": "TCP", "port": 9000}
+    ),
+)
+
+
+@promise
+def only_a_proxy_comes_to_the_public_port(site: Site) -> Iterator[str]:
+    """The gateway's namespace, or the Ingress controller's, whose X-Forwarded-For is believed."""
+    for among, wanted in ((site.production, "gateway"), (site.with_ingress(), "nginx-ingress")):
+        namespaces = [
+            dig(peer, "namespaceSelector", "matchLabels", "kubernetes.io/metadata.name")
+            for _, rule in _rules(among, "ingress", site.pod)
+            if any(_port(site, opening.get("port", 0)) == _port(site, "http") for opening in rule.get("ports") or [])
+            for peer in rule.get("from") or []
+        ]
+        if namespaces != [wanted]:
+            yield f"{wanted}: {namespaces}"
+
+
+only_a_proxy_comes_to_the_public_port.broken_by(
+    "every pod of the namespace may come",
+    lambda site: site.find("NetworkPolicy", "identity-service-from-gateway")["spec"]["ingress"][0]["from"].append(
+        {"podSelector": {}}
+    ),
+)
+only_a_proxy_comes_to_the_public_port.broken_by(
+    "the Ingress controller cannot come",
+    lambda site: site.ingress.remove(site.find("NetworkPolicy", "identity-service-from-ingress", site.ingress)),
+)
+
+
+@promise
+def the_server_goes_out_to_what_its_settings_name_and_nowhere_else(site: Site) -> Iterator[str]:
+    """DNS; PostgreSQL and Redis at the ports of the examples' addresses; the mail server at the port of the setting."""
+    addresses = {found["metadata"]["name"]: dig(found, "stringData", "url", default="") for found in site.examples}
+    ports = {int(number) for name in ("identity-database", "identity-redis")
+             for number in re.findall(r":(\d+)/", addresses.get(name, ""))}  # fmt: skip
+    wanted = _DNS | {("TCP", port) for port in (*ports, int(site.setting("IDENTITY_SMTP_PORT")))}
+    found = _openings(site, site.production, "egress", site.pod)
+    if found != wanted:
+        yield f"{sorted(found)} are open, {sorted(wanted)} are needed"
+
+
+the_server_goes_out_to_what_its_settings_name_and_nowhere_else.broken_by(
+    "the mail server listens elsewhere", lambda site: put(site.config, "IDENTITY_SMTP_PORT", value="465")
+)
+the_server_goes_out_to_what_its_settings_name_and_nowhere_else.broken_by(
+    "nobody lets the server to Redis",
+    lambda site: site.production.remove(site.find("NetworkPolicy", "identity-service-to-redis")),
+)
+the_server_goes_out_to_what_its_settings_name_and_nowhere_else.broken_by(
+    "the server may fetch from the network's instances",
+    lambda site: site.find("NetworkPolicy", "identity-service-to-redis")["spec"]["egress"].append(
+        {"to": [{"ipBlock": {"cidr": "192.0.2.0/28"}}], "ports": [{"protocol": "TCP", "port": 443}]}
+    ),
+)
+
+
+@promise
+def the_migration_goes_out_to_postgresql_and_nowhere_else(site: Site) -> Iterator[str]:
+    """And asks DNS where that is."""
+    for environment, among in (("migrate", site.migrate), ("production", site.production)):
+        found = _openings(site, among, "egress", site.migration_pod)
+        wanted = _DNS | {("TCP", 5432)} if environment == "migrate" else set()
+        if found != wanted:
+            yield f"{environment}: {sorted(found)}"
+
+
+the_migration_goes_out_to_postgresql_and_nowhere_else.broken_by(
+    "the server's way to Redis is the migration's, too",
+    lambda site: drop(
+        site.find("NetworkPolicy", "identity-service-to-redis"),
+        "spec", "podSelector", "matchLabels", "app.kubernetes.io/component",
+    ),
+)  # fmt: skip
+the_migration_goes_out_to_postgresql_and_nowhere_else.broken_by(
+    "the migration asks DNS by UDP only",
+    lambda site: drop(
+        site.find("NetworkPolicy", "identity-service-migrate-to-dns", site.migrate), "spec", "egress", 0, "ports", 1
+    ),
+)
+
+
+@promise
+def names_are_asked_of_the_cluster_s_own_resolver(site: Site) -> Iterator[str]:
+    """An open port 53 to anybody is a tunnel."""
+    for among, pod in ((site.production, site.pod), (site.migrate, site.migration_pod)):
+        for name, rule in _rules(among, "egress", pod):
+            if any(opening.get("port") == 53 for opening in rule.get("ports") or []):
+                for peer in rule.get("to") or []:
+                    if dig(peer, "podSelector", "matchLabels") != {"k8s-app": "kube-dns"} or dig(
+                        peer, "namespaceSelector", "matchLabels"
+                    ) != {"kubernetes.io/metadata.name": "kube-system"}:
+                        yield f"{name}: {peer}"
+
+
+names_are_asked_of_the_cluster_s_own_resolver.broken_by(
+    "any pod may be asked for names",
+    lambda site: drop(
+        site.find("NetworkPolicy", "identity-service-to-dns"), "spec", "egress", 0, "to", 0, "podSelector"
+    ),
+)
+
+
+@promise
+def server_and_migration_go_to_the_same_database(site: Site) -> Iterator[str]:
+    """Whoever moves it and forgets one of the two finds out in the middle of a rollout."""
+    peers = [
+        [peer for _, rule in _rules(among, "egress", pod) for peer in rule.get("to") or []
+         if any(opening.get("port") == 5432 for opening in rule.get("ports") or [])]
+        for among, pod in ((site.production, site.pod), (site.migrate, site.migration_pod))
+    ]  # fmt: skip
+    if peers[0] != peers[1]:
+        yield f"{peers}"
+
+
+server_and_migration_go_to_the_same_database.broken_by(
+    "the migration is let to another one",
+    lambda site: put(
+        site.find("NetworkPolicy", "identity-service-migrate-to-postgresql", site.migrate),
+        "spec", "egress", 0, "to", 0, "ipBlock", "cidr", value="192.0.2.16/28",
+    ),
+)  # fmt: skip
+
+
+@promise
+def no_policy_is_about_nobody(site: Site) -> Iterator[str]:
+    """A selector with a typing error opens or denies nothing, and nobody notices."""
+    for among, pod in ((site.production, site.pod), (site.migrate, site.migration_pod), (site.ingress, site.pod)):
+        for policy in _policies(among):
+            if not selects(policy["spec"].get("podSelector"), pod.labels):
+                yield policy["metadata"]["name"]
+
+
+no_policy_is_about_nobody.broken_by(
+    "a policy for a pod that is called otherwise",
+    lambda site: put(
+        site.find("NetworkPolicy", "identity-service-from-ingress", site.ingress),
+        "spec", "podSelector", "matchLabels", "app.kubernetes.io/name", value="identity",
+    ),
+)  # fmt: skip
+
+
+# -- Services ---------------------------------------------------------------------------------------------------------
+
+
+@promise
+def services_lead_to_ports_that_there_are(site: Site) -> Iterator[str]:
+    """By the names that the container gives them."""
+    names = {port.get("name") for port in site.server.get("ports") or []}
+    for service in site.all("Service"):
+        for port in dig(service, "spec", "ports", default=[]):
+            if port.get("targetPort") not in names:
+                yield f"{service['metadata']['name']}: {port}"
+
+
+services_lead_to_ports_that_there_are.broken_by(
+    "a Service leads to a port of another product",
+    lambda site: put(site.find("Service", "identity-service"), "spec", "ports", 0, "targetPort", value="web"),
+)
+
+
+@promise
+def services_are_for_the_inside_of_the_cluster(site: Site) -> Iterator[str]:
+    """What comes from outside comes through a route."""
+    for service in site.all("Service"):
+        if dig(service, "spec", "type", default="ClusterIP") != "ClusterIP" or "externalIPs" in service["spec"]:
+            yield service["metadata"]["name"]
+
+
+services_are_for_the_inside_of_the_cluster.broken_by(
+    "a Service opens a port of every node",
+    lambda site: put(site.find("Service", "identity-service"), "spec", "type", value="NodePort"),
+)
+
+
+@promise
+def unready_replicas_still_serve_the_keys(site: Site) -> Iterator[str]:
+    """Of their own accord: by a Service that lists all, which no client's request goes through."""
+    wanted = {"identity-service": False, "identity-service-discovery": True, "identity-service-management": True}
+    found = {
+        service["metadata"]["name"]: bool(dig(service, "spec", "publishNotReadyAddresses", default=False))
+        for service in site.all("Service")
+    }
+    if found != wanted:
+        yield f"{found}"
+
+
+unready_replicas_still_serve_the_keys.broken_by(
+    "the keys go away with the database",
+    lambda site: drop(site.find("Service", "identity-service-discovery"), "spec", "publishNotReadyAddresses"),
+)
+unready_replicas_still_serve_the_keys.broken_by(
+    "requests go to replicas that cannot answer",
+    lambda site: put(site.find("Service", "identity-service"), "spec", "publishNotReadyAddresses", value=True),
+)
+
+
+@promise
+def no_service_for_clients_leads_to_the_management_port(site: Site) -> Iterator[str]:
+    """It has a Service of its own, without an address, that no route names."""
+    for service in site.all("Service"):
+        targets = {port.get("targetPort") for port in dig(service, "spec", "ports", default=[])}
+        own = service["metadata"]["name"] == "identity-service-management"
+        if targets & {"management", 9000} and (not own or len(targets) > 1):
+            yield service["metadata"]["name"]
+        if own and dig(service, "spec", "clusterIP") != "None":
+            yield "Prometheus would ask one replica at random"
+
+
+no_service_for_clients_leads_to_the_management_port.broken_by(
+    "metrics beside the API",
+    lambda site: site.find("Service", "identity-service")["spec"]["ports"].append(
+        {"name": "metrics", "port": 9000, "targetPort": "management"}
+    ),
+)
+no_service_for_clients_leads_to_the_management_port.broken_by(
+    "Prometheus sees one replica at a time",
+    lambda site: drop(site.find("Service", "identity-service-management"), "spec", "clusterIP"),
+)
