@@ -1,0 +1,131 @@
+"""Build the image: from this checkout, and from a copy in which everything lies about that must not get in."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tests.deploy.image.engine import exists, podman
+from tests.deploy.image.report import Impossible, say
+from tests.deploy.image.stand_in import base_of, stand_in
+
+ROOT = Path(__file__).parents[3]
+CANARY = "must-not-be-in-an-image-5b1e"
+
+_NEEDED = ("Dockerfile", ".dockerignore", "LICENSE", "README.md", "pyproject.toml")
+_NEEDED_FOLDERS = ("identity_service", "migrations", "requirements")
+_LYING_ABOUT = (
+    *(".env", ".git/config", ".venv/bin/activate", "docs/notes.md", "keys/master.pem", "tests/test_it.py"),
+    *("identity_service/.env", "identity_service/.git/config", "identity_service/__pycache__/app.cpython-313.pyc"),
+    *("identity_service/oauth/signing.pem", "migrations/.env.local", "migrations/versions/__pycache__/x.pyc"),
+)
+_MIRROR = ("cert", "extra-index-url", "index-url", "proxy", "timeout", "trusted-host")
+_AUTHORITIES = "/etc/ssl/certs/ca-certificates.crt"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What every build of one run shares: the base, what the labels say, and the time that files are given."""
+
+    base: str
+    version: str
+    revision: str
+    epoch: str
+    mirror: tuple[str, ...]
+
+    def build(self, tag: str, source: Path, *, cached: bool = True) -> str:
+        """Build `tag` from the Dockerfile in `source`; return the image's id. Raises Impossible."""
+        named = {"PYTHON_IMAGE": self.base, "VERSION": self.version, "REVISION": self.revision}
+        ended = podman(
+            *("build", "--isolation", "chroot", "--pull=never", "--format", "oci", "--timestamp", self.epoch),
+            *(() if cached else ("--no-cache",)),
+            *(word for name, value in named.items() for word in ("--build-arg", f"{name}={value}")),
+            *self.mirror,
+            *("--quiet", "--tag", tag, "--file", str(source / "Dockerfile"), str(source)),
+        )
+        if ended.returncode != 0:
+            raise Impossible(f"the build failed:\n{ended.stdout[-2000:]}{ended.stderr[-4000:]}")
+        return ended.stdout.split()[-1].removeprefix("sha256:")
+
+
+@contextmanager
+def recipe() -> Iterator[Recipe]:
+    """
+    Yield how to build here.
+
+    The base is PYTHON_IMAGE of the environment, else the Dockerfile's own if it is in this machine's storage, else a
+    stand-in. What this machine needs to reach a package index is shown to the build, and stays outside the image.
+    """
+    own, minor, release = base_of((ROOT / "Dockerfile").read_text("utf-8"))
+    base = os.environ.get("PYTHON_IMAGE") or (own if exists(own) else stand_in(minor, release))
+    say(f"        base: {base}")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    with tempfile.TemporaryDirectory(prefix="identity-pip-") as folder:
+        yield Recipe(
+            base=base,
+            version=project["version"],
+            revision=_git("rev-parse", "HEAD") or "unknown",
+            epoch=_git("log", "-1", "--format=%ct") or "946684800",
+            mirror=tuple(_mirror(Path(folder))),
+        )
+
+
+@contextmanager
+def copy_of_the_source(**edits: tuple[str, str]) -> Iterator[Path]:
+    """
+    Yield a copy of what an image is made of, at another path, with other modes and times, and littered with canaries.
+
+    `edits` are replacements in files of it, as (old, new), by the file's name without its dots: `Dockerfile=…`.
+    """
+    with tempfile.TemporaryDirectory(prefix="identity-source-") as folder:
+        copy = Path(folder) / "elsewhere"
+        for name in _NEEDED_FOLDERS:
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in _NEEDED:
+            text = (ROOT / name).read_text("utf-8")
+            old, new = edits.get(name.replace(".", ""), ("", ""))
+            if old not in text:
+                raise Impossible(f"{name} no longer has what should be replaced in it: {old!r}")
+            (copy / name).write_text(text.replace(old, new, 1) if old else text, "utf-8")
+        for name in _LYING_ABOUT:
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_text(f"{CANARY}\n", "utf-8")
+        for path in copy.rglob("*"):
+            path.chmod(0o700 if path.is_dir() else 0o600)
+            os.utime(path, (1_000_000_000, 1_000_000_000))
+        yield copy
+
+
+def with_base(made: Recipe, base: str) -> Recipe:
+    """Return the recipe on another base."""
+    return replace(made, base=base)
+
+
+def _mirror(folder: Path) -> Sequence[str]:
+    """Return the flags that show this machine's index, proxy and authorities to the steps of a build."""
+    settings = {}
+    listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
+    for line in listed.splitlines():
+        name, _, value = line.partition("=")
+        if (key := name.rpartition(".")[2]) in _MIRROR:
+            settings[key] = _AUTHORITIES if key == "cert" else value.strip("'\"")
+    configuration = folder / ".config/pip/pip.conf"
+    configuration.parent.mkdir(parents=True)
+    lines = (f"{key} = {value}\n" for key, value in settings.items())
+    configuration.write_text("".join(["[global]\n", *lines]), "utf-8")
+    flags = ["--volume", f"{folder}:/root"]  # over a folder that is there: what is not would stay behind, empty
+    named = next(filter(None, map(os.environ.get, ("PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"))), _AUTHORITIES)
+    if Path(named).is_file():
+        flags += ["--volume", f"{Path(named).resolve()}:{_AUTHORITIES}:ro"]
+    return flags
+
+
+def _git(*words: str) -> str:
+    ended = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
+    return ended.stdout.strip()
