@@ -1,10 +1,11 @@
 """The machine's clock, corrected to the database's."""
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 
 import pytest
 
 from identity_service.infra.runtime import SystemClock
+from identity_service.infra.runtime import clock as clock_module
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 MILLISECOND = timedelta(milliseconds=1)
@@ -39,6 +40,36 @@ def test_a_machine_with_a_wrong_clock_lives_in_the_databases_time(wrong_by: time
         asked_at = clock.now()
         clock.correct(reference=datetime.now(UTC) - wrong_by, asked_at=asked_at, answered_at=clock.now())
         assert error(clock, -wrong_by) < timedelta(seconds=1)
+
+
+@pytest.mark.case("OPS-15")
+@pytest.mark.parametrize("jump", [timedelta(hours=-1), timedelta(hours=1), timedelta(seconds=-1)])
+def test_a_corrected_clock_does_not_jump_with_the_machines(jump: timedelta, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody sets the machine's clock between two polls; nothing that was stored may seem to be older or newer."""
+    clock = SystemClock()
+    clock.correct(reference=datetime.now(UTC), asked_at=clock.now(), answered_at=clock.now())
+    before = clock.now()
+
+    class Set(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
+            return datetime.now(tz) + jump
+
+    monkeypatch.setattr(clock_module, "datetime", Set)
+    assert timedelta(0) <= clock.now() - before < timedelta(seconds=0.5)
+
+
+def test_a_clock_that_was_never_corrected_follows_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On SQLite there is no other time: a machine that starts in 1970 and is then set must not be stuck there."""
+    clock = SystemClock()
+
+    class Set(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
+            return datetime.now(tz) + timedelta(days=1)
+
+    monkeypatch.setattr(clock_module, "datetime", Set)
+    assert error(clock, timedelta(days=1)) < timedelta(seconds=1)
 
 
 def test_a_slow_answer_changes_nothing() -> None:

@@ -2,7 +2,9 @@
 
 import time
 from datetime import UTC, datetime, timedelta
-from typing import Protocol, final
+from typing import Final, Protocol, final
+
+_BOOT_CLOCK: Final[int | None] = getattr(time, "CLOCK_BOOTTIME", None)
 
 
 class Clock(Protocol):
@@ -13,31 +15,43 @@ class Clock(Protocol):
         ...
 
 
+def _steady() -> float:
+    """Return seconds that only ever move on; where the system counts them, those in which the machine slept as well."""
+    return time.clock_gettime(_BOOT_CLOCK) if _BOOT_CLOCK is not None else time.monotonic()
+
+
 @final
 class SystemClock:
     """
-    The machine's clock, corrected to the database's.
+    The machine's clock until it is corrected, and from then on the database's, counted on.
 
     Replicas compare instants that other replicas stored (when a key activates, when a family expires). Each measures
     how far its own clock is from the database's at every key poll and adds that, so that all of them live in one time.
+    Between two polls it counts seconds instead of looking at the machine's clock, which somebody may set: one that
+    jumps by an hour would, for as long as nobody has polled, sign tokens that have expired and refuse good ones.
     """
 
     def __init__(self) -> None:
+        self._began: datetime | None = None  # the corrected time at which the count of seconds began
         self._offset = timedelta(0)
 
     def now(self) -> datetime:
-        return datetime.now(UTC) + self._offset
+        if self._began is None:
+            return datetime.now(UTC)
+        return self._began + timedelta(seconds=_steady())
 
     def correct(self, *, reference: datetime, asked_at: datetime, answered_at: datetime) -> timedelta:
         """
-        Adopt `reference`, the database's time, read between two instants of this clock; return the new correction.
+        Adopt `reference`, the database's time, read between two instants of this clock; return all corrections so far.
 
         The answer is taken to belong to the middle of the round trip; a round trip longer than a second says too
         little about the time to be believed and changes nothing.
         """
         if answered_at - asked_at <= timedelta(seconds=1):
-            midpoint = asked_at + (answered_at - asked_at) / 2
-            self._offset += reference - midpoint
+            error = reference - (asked_at + (answered_at - asked_at) / 2)
+            began = self._began or datetime.now(UTC) - timedelta(seconds=_steady())
+            self._began = began + error
+            self._offset += error
         return self._offset
 
 
