@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PORT   ?= 8000
 HOST   ?= 127.0.0.1
 STAMP  := $(VENV)/.installed
-TOOLS  := promtool
+TOOLS  := promtool nginx
 # Never fetch an interpreter from the network: the one that was named is the one that is used.
 export UV_PYTHON_DOWNLOADS = never
 

@@ -13,7 +13,7 @@ NOWHERE = ("/v1/bootstrap", "/healthz", "/readyz", "/metrics")
 """Paths that no route leads to."""
 ADMIN = "/v1/admin"
 """What is only at the operators' host."""
-_CLAIMS = frozenset(
+CLAIMS = frozenset(
     [
         "forwarded",
         "x-forwarded-host",
@@ -282,7 +282,7 @@ def nobody_outside_says_who_they_are_by_a_header(site: Site) -> Iterator[str]:
             filters = [each.get("requestHeaderModifier") or {} for each in rule.get("filters") or []]
             removed = {name.lower() for each in filters for name in each.get("remove") or []}
             written = {each["name"].lower(): each["value"] for some in filters for each in some.get("set") or []}
-            for name in sorted(_CLAIMS - removed):
+            for name in sorted(CLAIMS - removed):
                 yield f"{found['metadata']['name']}/{number}: {name}"
             if written != {"x-forwarded-proto": "https"}:
                 yield f"{found['metadata']['name']}/{number}: sets {written}"
@@ -291,7 +291,7 @@ def nobody_outside_says_who_they_are_by_a_header(site: Site) -> Iterator[str]:
     for found in site.all("Ingress", site.ingress):
         if dig(found, "spec", "rules", 0, "http"):
             cleared = _cleared(dig(found, "metadata", "annotations", default={}))
-            for name in sorted(_CLAIMS - cleared - _REWRITTEN_BY_NGINX):
+            for name in sorted(CLAIMS - cleared - _REWRITTEN_BY_NGINX):
                 yield f"{found['metadata']['name']}: {name}"
 
 
