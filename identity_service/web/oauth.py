@@ -15,7 +15,7 @@ from typing import final
 from pydantic_core import to_json
 
 from identity_service.accounts.clients import AUTH_METHODS, NO_AUTHENTICATION, Client
-from identity_service.accounts.refresh_families import GenuineToken, RefreshFamilies, Rejected
+from identity_service.accounts.refresh_families import GenuineToken, RefreshFamilies, Rejected, Verdict
 from identity_service.infra.audit import AuditTrail, Origin
 from identity_service.infra.database import Database, Transaction
 from identity_service.infra.runtime import Secret
@@ -123,6 +123,8 @@ class TokenEndpoint(FormEndpoint):
         self._db = db
         self._pipeline = pipeline
         self._refusal_delay = refusal_delay
+        for verdict in set(Verdict) - {Verdict.CURRENT, Verdict.RETRIED}:
+            REFRESH_VERDICTS.labels(verdict)  # a counter that appears with its first event shows no increase for it
 
     async def answer(self, headers: Headers, form: Form, origin: Origin, scope: Scope) -> Reply:
         """Authenticate the client, prove the grant, commit, and only then speak."""

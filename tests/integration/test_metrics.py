@@ -265,8 +265,8 @@ async def test_a_job_shows_how_often_it_is_due_and_a_run_that_did_not_end(servic
     await asyncio.sleep(0)
     loop.cancel()
     await asyncio.gather(loop, return_exceptions=True)
-    assert value("identity_job_interval_seconds", job="purge") == 3600
-    with counted(1, "identity_job_runs_total", job="cleanup", outcome="unfinished"):
+    assert value("identity_job_interval_seconds", job_name="purge") == 3600
+    with counted(1, "identity_job_runs_total", job_name="cleanup", outcome="unfinished"):
         assert not await run_once(db, ours, LeasedJob("cleanup", 60, 0.05, lambda: asyncio.sleep(20)))
 
 
@@ -276,14 +276,14 @@ async def test_each_replica_shows_when_a_job_was_last_done_by_any(service: Servi
     done_at = service.clock.now() - timedelta(minutes=5)
     await service.execute(update(leases).where(leases.c.name == "cleanup").values(done_at=done_at))
     await jobs._look_at_jobs(service.services)
-    assert label_sets("identity_job_last_done_seconds") == {(("job", "cleanup"),)}
-    assert value("identity_job_last_done_seconds", job="cleanup") == done_at.timestamp()
+    assert label_sets("identity_job_last_done_seconds") == {(("job_name", "cleanup"),)}
+    assert value("identity_job_last_done_seconds", job_name="cleanup") == done_at.timestamp()
 
 
 @pytest.mark.case("SEC-06")
 async def test_a_replica_that_found_the_trail_broken_hears_when_another_finds_it_whole(service: Service) -> None:
     """Or its alarm would ring for as long as it lives."""
-    clock, alarm = service.clock, {"job": "audit_seal"}
+    clock, alarm = service.clock, {"job_name": "audit_seal"}
     assert isinstance(clock, FrozenClock)
     record = service.services.audit.record
     await service.within(lambda tx: record(tx, "user.created", origin=None, actor="cli", target="x"))

@@ -49,7 +49,7 @@ def test_a_metric_is_named_for_what_it_counts_and_its_unit() -> None:
         )
         assert set(family.labels) <= {
             *("method", "route", "status", "outcome", "limit", "grant", "client", "verdict", "state", "reason"),
-            *("kind", "job"),
+            *("kind", "job_name", "which"),
         }, name
 
 

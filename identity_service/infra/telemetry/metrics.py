@@ -97,14 +97,16 @@ DATABASE_ERRORS = Counter(
 # -- what one replica does for all ------------------------------------------------------------------------------------
 
 JOB_RUNS = Counter(
-    "identity_job_runs_total", "Runs of a background job in this replica, by outcome.", ["job", "outcome"]
+    "identity_job_runs_total", "Runs of a background job in this replica, by outcome.", ["job_name", "outcome"]
 )
 JOB_DONE = Gauge(
-    "identity_job_last_done_seconds", "When a background job last ended well in any replica, Unix time.", ["job"]
+    "identity_job_last_done_seconds", "When a background job last ended well in any replica, Unix time.", ["job_name"]
 )
-JOB_INTERVAL = Gauge("identity_job_interval_seconds", "How often a background job is due.", ["job"])
+JOB_INTERVAL = Gauge("identity_job_interval_seconds", "How often a background job is due.", ["job_name"])
 AUDIT_CHAIN_BROKEN = Gauge(
-    "identity_audit_chain_broken", "1 while a job finds the audit trail tampered with, and therefore stops.", ["job"]
+    "identity_audit_chain_broken",
+    "1 while a job finds the audit trail tampered with, and therefore stops.",
+    ["job_name"],
 )
 MAILS = Counter("identity_mails_total", "Attempts to send a mail, by outcome.", ["outcome"])
 MAILS_WAITING = Gauge("identity_mails_waiting", "Mails that wait to be sent.")
@@ -112,6 +114,16 @@ OLDEST_MAIL = Gauge(
     "identity_mails_oldest_timestamp_seconds", "When the oldest mail that waits was ordered; 0 when none does."
 )
 TRACES_LOST = Counter("identity_traces_lost_total", "Spans that the collector did not take.")
+
+# A counter that appears with its first event shows no increase for it, and alerts would miss that one.
+for _kind in ("unavailable", "pool_exhausted", "conflict"):
+    DATABASE_ERRORS.labels(_kind)
+for _reason in ("queue_full", "waited_too_long", "shutting_down"):
+    HASHING_REFUSED.labels(_reason)
+for _which in ("idle", "new"):
+    CONNECTIONS_SHED.labels(_which)
+for _outcome in ("succeeded", "wrong_password", "unknown_user"):
+    SIGN_INS.labels(_outcome)
 
 # -- counting what happens often --------------------------------------------------------------------------------------
 
