@@ -149,7 +149,11 @@ def verify(
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
-    """Check every seal and name the first row that was altered, removed, moved or forged; ends with 1 if one was."""
+    """
+    Check every seal and name the first row that was altered, removed, moved or forged; ends with 1 if one was.
+
+    Rows that a restore has lost are named as well: `identity-service after-restore` has said so under a seal.
+    """
     settings = quiet_settings(data_dir)
 
     async def main() -> Verification:
@@ -170,11 +174,16 @@ def verify(
         "mac": walk.mac.hex(),
         "unsealed": walk.unsealed,
         "outdated_anchors": [anchor.seq for anchor in walk.outdated],
+        "gaps": [
+            {"from": gap.first, "to": gap.last, "goes_on_at": gap.resumed, "restored_at": gap.at.isoformat()}
+            for gap in walk.gaps
+        ],
         "fault": fault and {"seq": fault.seq, "wrong": fault.wrong.value, "sentence": fault.sentence},
     }
     lines = [
         f"{walk.checked} rows are sealed and hold; {walk.unsealed} wait to be sealed",
         *(f"anchor {anchor.seq}: retention has removed that row" for anchor in walk.outdated),
+        *(f"{gap.at.isoformat()}: {gap}" for gap in walk.gaps),
         f"BROKEN at {fault.seq} ({fault.wrong}): {fault.sentence}" if fault else f"{walk.seq}:{walk.mac.hex()}",
     ]
     say(found, "\n".join(lines), as_json=as_json)

@@ -200,6 +200,7 @@ def test_a_good_chain_is_told_as_good(cli: Cli, folder: Path) -> None:
         "mac": mac,
         "unsealed": 2,
         "outdated_anchors": [],
+        "gaps": [],
         "fault": None,
     }
 

@@ -1,7 +1,9 @@
 """A restored copy is noticed, however it came about; what copies the files goes on serving."""
 
 import asyncio
+import os
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -19,7 +21,7 @@ from identity_service.main.services import restore_fault
 from identity_service.settings import UnsafeSettings
 from tests.integration.test_migrations import downgrade
 from tests.support.backups import Backups, plain
-from tests.support.commands import Cli, Forge, in_production
+from tests.support.commands import PROGRAM, ROOT, in_production
 from tests.support.servers import LocalPostgres, own_postgres
 from tests.support.service import Service, running, test_settings
 
@@ -224,13 +226,12 @@ async def test_a_copied_file_of_sqlite_goes_unnoticed(sqlite_url: str, tmp_path:
 async def test_a_server_refuses_to_start_on_a_copy(backups: Backups, migrated: str, tmp_path: Path) -> None:
     """With a sentence that names the command; nothing was written by then."""
     copy = backups.restore_elsewhere(backups.dump(migrated))
-    forge = Forge(tmp_path)
-    try:
-        refused = Cli(forge, in_production(copy, tmp_path)).run("serve")
-    finally:
-        forge.close()
-    assert refused.code == 2
-    assert "run `identity-service after-restore`" in refused.err
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | in_production(copy, tmp_path)
+    refused = subprocess.run(
+        [*PROGRAM, "serve"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert refused.returncode == 2
+    assert "run `identity-service after-restore`" in refused.stderr
     with pytest.raises(UnsafeSettings, match="after-restore --nothing-lost"):
         async with running(test_settings(copy)):
             pass

@@ -5,14 +5,15 @@ An act whose row cannot be written does not happen. Failures of strangers are th
 cause them, so only the first few of a minute get a row of their own, and the rest of the minute one row with a count.
 """
 
-from identity_service.infra.audit.chain import AuditChain, Sealed
-from identity_service.infra.audit.events import EVENTS, SCHEDULE
+from identity_service.infra.audit.chain import AuditChain, Sealed, Standing
+from identity_service.infra.audit.events import EVENTS, RESTORED, SCHEDULE
 from identity_service.infra.audit.seals import ChainBroken, Fault, Wrong
 from identity_service.infra.audit.trail import AuditEvent, AuditTrail, Filters, Origin
-from identity_service.infra.audit.verification import Anchor, Verification
+from identity_service.infra.audit.verification import Anchor, Gap, Verification
 
 __all__ = [
     "EVENTS",
+    "RESTORED",
     "SCHEDULE",
     "Anchor",
     "AuditChain",
@@ -21,8 +22,10 @@ __all__ = [
     "ChainBroken",
     "Fault",
     "Filters",
+    "Gap",
     "Origin",
     "Sealed",
+    "Standing",
     "Verification",
     "Wrong",
 ]

@@ -1,12 +1,15 @@
 """Sealing rows into the chain, and removing the oldest when they have been kept for long enough."""
 
+import hmac
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from enum import Enum
 from typing import Any, final
 
 from sqlalchemy import Row, bindparam, delete, func, select, update
 
-from identity_service.infra.audit.events import SCHEDULE
+from identity_service.infra.audit.events import RESTORED, SCHEDULE
 from identity_service.infra.audit.seals import ChainBroken, Fault, Head, Seals, Wrong, key_missing, read_head
 from identity_service.infra.audit.trail import AuditTrail
 from identity_service.infra.audit.verification import Anchor, Verification
@@ -25,6 +28,15 @@ class Sealed:
     count: int
     seq: int
     mac: bytes
+
+
+class Standing(Enum):
+    """How the chain stands to an anchor."""
+
+    HELD = "it has that very seal"
+    PRUNED = "retention has removed that row"
+    BEYOND = "it ends before that place, or has lost it"
+    OTHER = "it has another seal there"
 
 
 @final
@@ -49,11 +61,7 @@ class AuditChain:
         One sealer works at a time; a second one waits. Who calls it logs what it returns once that is committed.
         Raises ChainBroken where rows stand past the end of the chain, LookupError while no data keys are loaded.
         """
-        head = await read_head(tx, lock=True)
-        newest = (await tx.execute(select(func.max(_c.seq)))).scalar_one() or 0
-        if newest > head.seq:
-            sentence = f"the newest seal is said to be {head.seq}, but there is a row at {newest}"
-            raise ChainBroken(Fault(head.seq + 1, Wrong.HEAD_MOVED, sentence))
+        head = await self._end(tx)
         waiting = select(audit_events).where(_c.seq.is_(None)).order_by(_c.id).limit(batch)
         rows = (await tx.execute(waiting)).all()
         if not rows:
@@ -72,10 +80,46 @@ class AuditChain:
         await tx.execute(update(audit_chain).values(seq=seq, mac=mac, sealed_at=self._clock.now()))
         return Sealed(len(rows), seq, mac)
 
+    async def resume(
+        self, tx: Transaction, place: int, *, actor: str, detail: Mapping[str, Any], known_to: int | None
+    ) -> Sealed:
+        """
+        Go on at `place` after a restore, and say so in the row that stands there; return its seal.
+
+        The rows that were sealed after the backup are gone, and their seals may be known elsewhere. So no place is used
+        a second time: `place` is behind all that can ever have been reached. `known_to` is the last place that is
+        known to be lost. Rows of the backup that were not sealed yet are sealed behind this one.
+
+        Raises ChainBroken as `seal` does, ValueError for a place that the chain has reached.
+        """
+        head = await self._end(tx)
+        if place <= max(head.seq, known_to or 0) + 1:
+            raise ValueError(f"the chain has reached {max(head.seq, known_to or 0)} already")
+        lost = {"after": head.seq, "known_to": known_to}
+        row_id = await self._trail.record(tx, RESTORED, origin=None, actor=actor, detail={**detail, **lost})
+        row = (await tx.execute(select(audit_events).where(_c.id == row_id))).one()
+        kid = self._seals.kid
+        mac = self._seals.seal(head.mac, row, seq=place, kid=kid)
+        await tx.execute(update(audit_events).where(_c.id == row_id).values(seq=place, mac=mac, mac_kid=kid))
+        await tx.execute(update(audit_chain).values(seq=place, mac=mac, sealed_at=self._clock.now()))
+        return Sealed(1, place, mac)
+
     async def newest(self, tx: Transaction) -> Anchor:
         """Return the newest seal, for people to keep where the database's administrators cannot reach."""
         head = await read_head(tx)
         return Anchor(head.seq, head.mac)
+
+    async def compare(self, tx: Transaction, anchor: Anchor) -> Standing:
+        """Return how the chain stands to an anchor, going by that one row; raises ChainBroken."""
+        head = await read_head(tx)
+        if anchor.seq < head.base_seq:
+            return Standing.PRUNED
+        held = (await tx.execute(select(_c.mac).where(_c.seq == anchor.seq))).scalar()
+        if anchor.seq == head.base_seq:
+            held = head.base_mac
+        if held is None:
+            return Standing.BEYOND
+        return Standing.HELD if hmac.compare_digest(held, anchor.mac) else Standing.OTHER
 
     async def retain(self, tx: Transaction, older_than: datetime, batch: int = 1000) -> int:
         """
@@ -107,8 +151,18 @@ class AuditChain:
         """Return a walk along the whole chain, which has not begun."""
         return Verification(self._seals, anchors)
 
+    @staticmethod
+    async def _end(tx: Transaction) -> Head:
+        """Return where the chain begins and ends, so that nobody else moves it; raises ChainBroken."""
+        head = await read_head(tx, lock=True)
+        newest = (await tx.execute(select(func.max(_c.seq)))).scalar_one() or 0
+        if newest > head.seq:
+            sentence = f"the newest seal is said to be {head.seq}, but there is a row at {newest}"
+            raise ChainBroken(Fault(head.seq + 1, Wrong.HEAD_MOVED, sentence))
+        return head
+
     def _fault(self, row: Row[Any], seq: int, mac: bytes) -> Fault | None:
-        if row.seq != seq + 1:
+        if row.seq != seq + 1 and not self._seals.resumes(seq, mac, row):
             return Fault(seq + 1, Wrong.MISSING, "there is no such row")
         if self._seals.holds(mac, row, seq=row.seq):
             return None

@@ -11,6 +11,9 @@ from types import MappingProxyType
 SCHEDULE = "schedule"
 """Who did what falls due by itself."""
 
+RESTORED = "database.restored"
+"""What begins the chain anew behind the places that a restore has lost."""
+
 EVENTS: Mapping[str, str] = MappingProxyType(
     {
         # Signing in, and what a sign-in gave
@@ -54,6 +57,7 @@ EVENTS: Mapping[str, str] = MappingProxyType(
         "api_key.created": "an API key was made",
         "api_key.rotated": "an API key was given a new secret; the old one works for a while",
         "api_key.revoked": "an API key was ended",
+        "api_key.confirmed": "an API key that a restore had suspended was given back",
         "api_key.refused": "an API key was presented and refused; the detail says why",
         # Clients, roles, scopes
         "client.authentication_failed": "a client could not prove who it is",
@@ -81,6 +85,8 @@ EVENTS: Mapping[str, str] = MappingProxyType(
         "data_key.created": "a data key was made",
         # The service itself
         "bootstrap.spent": "the bootstrap secret made the first administrator, and is used up",
+        RESTORED: "a restored database was put right; the detail says what ended, and which rows are lost",
+        "database.moved": "the database was moved while nothing was served, as an operator says",
         "mail.given_up": "a mail could not be delivered, and is no longer tried",
         "audit.exported": "audit rows were exported",
         "audit.pruned": "sealed audit rows that were older than the retention period were removed",

@@ -14,6 +14,7 @@ from typing import Any, final
 
 from sqlalchemy import Row, select
 
+from identity_service.infra.audit.events import RESTORED
 from identity_service.infra.data_keys import DataKey, DataKeys
 from identity_service.infra.database import Transaction
 from identity_service.infra.tables import audit_chain
@@ -119,6 +120,16 @@ class Seals:
         if not isinstance(row.mac, bytes) or row.mac_kid not in self._key.kids:
             return False
         return hmac.compare_digest(self.seal(previous, row, seq=seq, kid=row.mac_kid), row.mac)
+
+    def resumes(self, after: int, previous: bytes, row: Row[Any]) -> bool:
+        """
+        Return whether a row goes on behind places that a restore has lost, `after` being the last one that is left.
+
+        The row itself says which that is, under its seal: who can only write to the database cannot make one, nor use
+        an old one to hide that something else is missing.
+        """
+        said = row.detail if isinstance(row.detail, dict) else {}
+        return row.event == RESTORED and said.get("after") == after and self.holds(previous, row, seq=row.seq)
 
     def prove_base(self, seq: int, mac: bytes, *, kid: str) -> bytes:
         """Return the proof that it was the service that removed everything up to `seq`."""

@@ -86,9 +86,9 @@ class AuditTrail:
         client_id: str | None = None,
         detail: Mapping[str, Any] | None = None,
         occurrences: int = 1,
-    ) -> None:
+    ) -> int:
         """
-        Add one row.
+        Add one row and return its id.
 
         `actor` is who did it (a user or client id, `cli`), `target` what it was done to, and `detail` holds no secret
         and nothing a stranger typed: texts, whole numbers, booleans, null, and lists and objects of them. What cannot
@@ -97,8 +97,9 @@ class AuditTrail:
         Raises ValueError for an event that is not in `EVENTS`, TypeError for a detail that is not of these kinds.
         """
         check_known(event)
-        await tx.execute(
-            insert(audit_events).values(
+        written = await tx.execute(
+            insert(audit_events)
+            .values(
                 at=self._clock.now(),
                 event=event,
                 actor=_fitting("actor", actor),
@@ -109,7 +110,10 @@ class AuditTrail:
                 occurrences=occurrences,
                 detail=_bounded_detail(detail or {}),
             )
+            .returning(_c.id)
         )
+        row_id: int = written.scalar_one()
+        return row_id
 
     async def record_failure(
         self,
@@ -219,6 +223,16 @@ class AuditTrail:
         )
         rows = (await tx.execute(statement)).all()
         return [(date.fromisoformat(row.day) if tx.on_sqlite else row.day, int(row.total)) for row in rows]
+
+    async def newest_at(self, tx: Transaction) -> datetime | None:
+        """Return when the newest row was written, None for an empty trail."""
+        newest: datetime | None = (await tx.execute(select(func.max(_c.at)))).scalar_one()
+        return newest
+
+    async def missing(self, tx: Transaction, rows: Mapping[int, datetime]) -> set[int]:
+        """Return which of these rows, known by id and instant, the trail does not have."""
+        found = await tx.execute(select(_c.id, _c.at).where(_c.id.in_(list(rows))))
+        return rows.keys() - {row.id for row in found if row.at == rows[row.id]}
 
     def _bounded(self, key: str) -> str:
         return key if key in self._seen or len(self._seen) < _DISTINCT_SUBJECTS else _OVERFLOW

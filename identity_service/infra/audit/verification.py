@@ -3,6 +3,7 @@
 import hmac
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, final
 
 from sqlalchemy import Row, func, select
@@ -24,6 +25,25 @@ class Anchor:
 
     seq: int
     mac: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """
+    Places whose rows a restore has lost, as the row that stands behind them says under its seal.
+
+    `first` is the first of them, `last` the last one that anybody knows of, if anybody does; `resumed` is where the
+    chain goes on, and `at` when the database was put right.
+    """
+
+    first: int
+    last: int | None
+    resumed: int
+    at: datetime
+
+    def __str__(self) -> str:
+        lost = f"{self.first} to {self.last}" if self.last else f"from {self.first} on, as far as there were any"
+        return f"a restore has lost the rows {lost}; the chain goes on at {self.resumed}"
 
 
 @final
@@ -49,6 +69,8 @@ class Verification:
         """How many rows wait to be sealed: of these the chain says nothing yet."""
         self.outdated: list[Anchor] = []
         """Anchors of rows that retention has removed: there is nothing left to compare them with."""
+        self.gaps: list[Gap] = []
+        """What restores have lost, and have said so."""
         self.fault: Fault | None = None
 
     async def advance(self, tx: Transaction) -> bool:
@@ -71,7 +93,10 @@ class Verification:
             return True
         for row, follower in zip(rows[: self._page], [*rows[1:], None], strict=False):
             if row.seq != self.seq + 1:
-                return await self._gap(tx, _next_is(row.seq), Wrong.MISSING)
+                if self._seals.resumes(self.seq, self.mac, row):
+                    self._note_gap(row)
+                else:
+                    return await self._gap(tx, _next_is(row.seq), Wrong.MISSING)
             if follower is not None and follower.seq == row.seq:
                 raise ChainBroken(Fault(row.seq, Wrong.FORGED, "there are two such rows"))
             if not self._seals.holds(self.mac, row, seq=row.seq):
@@ -116,6 +141,15 @@ class Verification:
                 sentence = "its seal is not the one that was kept: the chain was written anew, at the latest from here"
                 raise ChainBroken(Fault(self.seq, Wrong.REWRITTEN, sentence))
 
+    def _note_gap(self, row: Row[Any]) -> None:
+        """Note what a restore has lost before `row`; an anchor from among that proves that there were such rows."""
+        lost = [anchor.seq for anchor in self._anchors if anchor.seq < row.seq]
+        del self._anchors[: len(lost)]
+        known = [*lost, row.detail["known_to"]] if row.detail["known_to"] is not None else lost
+        last = max(known, default=None)
+        # What was known may be older than the backup: then nothing is known to be lost.
+        self.gaps.append(Gap(self.seq + 1, last if last and last > self.seq else None, row.seq, row.at))
+
     async def _gap(self, tx: Transaction, sentence: str, wrong: Wrong) -> bool:
         """Return True if it was retention that removed the next rows, a moment ago; else raise ChainBroken."""
         if (await read_head(tx)).base_seq > self.seq:
@@ -127,7 +161,11 @@ class Verification:
         if head.seq > self.seq:
             return await self._gap(tx, f"the rows from here to the newest seal, {head.seq}, are gone", Wrong.CUT)
         if self._anchors:
-            sentence = f"the chain ends here, and yet there was a seal {self._anchors[0].seq}"
+            last = self._anchors[-1].seq
+            sentence = (
+                f"the chain ends here, and yet there was a seal {last}: the rows {self.seq + 1} to {last} are missing"
+                " (in a restored database, until `identity-service after-restore` has said what was lost)"
+            )
             raise ChainBroken(Fault(self.seq + 1, Wrong.CUT, sentence))
         if head.seq < self.seq:
             sentence = f"the newest seal is said to be {head.seq}, and yet the chain goes on"
