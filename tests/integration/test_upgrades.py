@@ -311,11 +311,14 @@ async def test_no_refresh_fails_while_a_version_is_rolled_out_and_taken_back(
         reached = dict(refreshes)
         while any(refreshes[name] < reached.get(name, 0) + number for name in PEOPLE):
             await asyncio.sleep(0.02)
-            assert not any(task.done() for task in people), [task for task in people if task.done()]
+            for task in people:
+                if task.done():
+                    await task  # it has failed, and says why
 
+    people: list[asyncio.Task[dict[str, Any]]] = []
     try:
         old = [await balancer.join(before) for _ in range(2)]
-        people = [asyncio.create_task(person(number, name)) for number, name in enumerate(PEOPLE)]
+        people += [asyncio.create_task(person(number, name)) for number, name in enumerate(PEOPLE)]
         await more()
         await asyncio.to_thread(THIS.command, "migrate", database_url=empty_url)
         await more()
@@ -337,6 +340,9 @@ async def test_no_refresh_fails_while_a_version_is_rolled_out_and_taken_back(
             assert await back[0].me(await back[1].refresh(tokens)) == 200
         assert all(balancer.answers[version.schema] > 16 * len(PEOPLE) for version in (before, THIS))
     finally:
+        for task in people:
+            task.cancel()
+        await asyncio.gather(*people, return_exceptions=True)
         await balancer.close()
     with connected(empty_url) as connection:
         found = connection.exec_driver_sql("SELECT generation, revoked_at FROM refresh_families").all()
