@@ -20,6 +20,10 @@ ROOT: Final = Path(__file__).parents[2]
 DEPLOY: Final = ROOT / "deploy"
 Document = dict[str, Any]
 
+SERVER: Final = {"app.kubernetes.io/name": "identity-service", "app.kubernetes.io/component": "server"}
+"""The labels by which the server's pods are told from the migration's."""
+MIGRATION: Final = {**SERVER, "app.kubernetes.io/component": "migration"}
+
 _WORKLOADS = ("Deployment", "Job", "StatefulSet", "DaemonSet", "ReplicaSet", "CronJob", "Pod")
 
 
@@ -139,6 +143,7 @@ class Site:
     units: dict[str, dict[str, list[str]]]
     roles: str
     readme: str
+    texts: dict[str, str]
     facts: Facts
 
     @classmethod
@@ -165,6 +170,11 @@ class Site:
             units={path.name: unit(path.read_text("utf-8")) for path in sorted((DEPLOY / "systemd").glob("*.service"))},
             roles=(DEPLOY / "postgresql" / "roles.sql").read_text("utf-8"),
             readme=(DEPLOY / "README.md").read_text("utf-8"),
+            texts={
+                path.relative_to(DEPLOY).as_posix(): path.read_text("utf-8")
+                for path in sorted(DEPLOY.rglob("*"))
+                if path.is_file() and path.relative_to(DEPLOY).parts[:2] != ("compose", "secrets")
+            },
             facts=facts,
         )
 
@@ -226,6 +236,11 @@ class Site:
     def job(self) -> Document:
         """The migration of production."""
         return self.find("Job", "identity-service-migrate", self.migrate)
+
+    @property
+    def migrate_secret(self) -> Document:
+        """What fetches the migration's password."""
+        return self.find("ExternalSecret", "identity-database-migrator", self.migrate)
 
     @property
     def migration_pod(self) -> Pod:

@@ -10,7 +10,7 @@ from typing import ClassVar
 import pytest
 
 from tests.deploy.nginx import Nginx
-from tests.deploy.promises.routes import CLAIMS
+from tests.deploy.promises.forwarding import CLAIMS
 from tests.deploy.site import DEPLOY, Document, documents
 from tests.support.server_process import ServerProcess
 

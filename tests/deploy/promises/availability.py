@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 
 from tests.deploy.promises import promise
-from tests.deploy.site import Document, Site, dig, drop, put, selects
+from tests.deploy.site import SERVER, Document, Site, dig, drop, put, selects
 
 _MIB = 2**20
 _IDLE = 160 * _MIB  # of a replica that has served for a while, password hashing apart
@@ -63,7 +63,8 @@ def load_is_measured_against_what_was_asked_for(site: Site) -> Iterator[str]:
     targets = [
         dig(metric, "resource", "target", "averageUtilization", default=0)
         for metric in _scaler(site).get("metrics") or []
-        if dig(metric, "resource", "name") == "cpu"
+        if (metric.get("type"), dig(metric, "resource", "name"), dig(metric, "resource", "target", "type"))
+        == ("Resource", "cpu", "Utilization")
     ]
     if len(targets) != 1 or not 50 <= targets[0] <= 80:
         yield f"metrics: {_scaler(site).get('metrics')}"
@@ -74,6 +75,26 @@ def load_is_measured_against_what_was_asked_for(site: Site) -> Iterator[str]:
 load_is_measured_against_what_was_asked_for.broken_by(
     "more only when all is used",
     lambda site: put(_scaler(site), "metrics", 0, "resource", "target", "averageUtilization", value=100),
+)
+
+
+@promise
+def more_replicas_come_at_once(site: Site) -> Iterator[str]:
+    """A crowd is not waited out: at least one more in half a minute, and not all that there may be."""
+    up = dig(_scaler(site), "behavior", "scaleUp", default={})
+    if up.get("stabilizationWindowSeconds", 0) > 30:
+        yield f"after {up['stabilizationWindowSeconds']} s"
+    policies = [(each.get("type"), each.get("value"), each.get("periodSeconds")) for each in up.get("policies") or []]
+    if not policies or any(
+        kind != "Pods" or not 1 <= (value or 0) <= 4 or not 15 <= (seconds or 0) <= 30
+        for kind, value, seconds in policies
+    ):
+        yield f"{policies}"
+
+
+more_replicas_come_at_once.broken_by(
+    "one more every five minutes",
+    lambda site: put(_scaler(site), "behavior", "scaleUp", "policies", 0, "periodSeconds", value=300),
 )
 
 
@@ -187,8 +208,8 @@ def selectors_pick_the_server_and_nobody_else(site: Site) -> Iterator[str]:
         for each in site.pod.spec.get("topologySpreadConstraints") or []
     ]
     for where, selector in selectors:
-        if not selects(selector, site.pod.labels):
-            yield f"{where}: picks no server"
+        if selector != {"matchLabels": SERVER} or not selects(selector, site.pod.labels):
+            yield f"{where}: {selector}"
         if selects(selector, site.migration_pod.labels):
             yield f"{where}: picks the migration"
 
@@ -207,6 +228,9 @@ def every_container_says_what_it_needs(site: Site) -> Iterator[str]:
     """CPU and memory asked for, memory bounded; no CPU limit, which would slow signing in bursts."""
     for where, container in site.containers():
         resources = container.get("resources") or {}
+        for name, quantity in (*(resources.get("requests") or {}).items(), *(resources.get("limits") or {}).items()):
+            if not re.fullmatch({"cpu": r"[1-9]\d*m?", "memory": r"[1-9]\d*[MG]i"}.get(name, ""), str(quantity)):
+                yield f"{where}: {name} {quantity}"
         if (resources.get("requests") or {}).keys() < {"cpu", "memory"}:
             yield f"{where}: asks for {resources.get('requests')}"
         if (resources.get("limits") or {}).keys() != {"memory"}:
@@ -215,6 +239,10 @@ def every_container_says_what_it_needs(site: Site) -> Iterator[str]:
 
 every_container_says_what_it_needs.broken_by(
     "the migration has no bound", lambda site: drop(site.migrator, "resources", "limits")
+)
+every_container_says_what_it_needs.broken_by(
+    "the migration asks for a quantity that is none",
+    lambda site: put(site.migrator, "resources", "requests", "memory", value="128MB"),
 )
 every_container_says_what_it_needs.broken_by(
     "the server's CPU is limited", lambda site: put(site.server, "resources", "limits", "cpu", value="1")

@@ -69,11 +69,14 @@ probes_ask_the_management_port.broken_by("there is no startup probe", lambda sit
 def probes_ask_for_what_is_served_there(site: Site) -> Iterator[str]:
     """The code of the management listener is asked which paths it knows."""
     for kind in _PROBES:
-        path = dig(site.server, kind, "httpGet", "path")
+        path = dig(site.server, kind, "httpGet", "path", default="/" if kind in site.server else None)
         if path is not None and path not in site.facts.management_paths:
             yield f"{kind}: {path}"
 
 
+probes_ask_for_what_is_served_there.broken_by(
+    "liveness asks for nothing in particular", lambda site: drop(site.server, "livenessProbe", "httpGet", "path")
+)
 probes_ask_for_what_is_served_there.broken_by(
     "readiness asks for a path of another product",
     lambda site: put(site.server, "readinessProbe", "httpGet", "path", value="/health/ready"),
@@ -151,8 +154,8 @@ def probes_wait_longer_than_the_server_thinks(site: Site) -> Iterator[str]:
     if _probe(site, "readinessProbe")["timeoutSeconds"] <= patience:
         yield f"readiness: {_probe(site, 'readinessProbe')['timeoutSeconds']} s, the server takes up to {patience} s"
     for kind in _PROBES:
-        if _probe(site, kind)["timeoutSeconds"] > _probe(site, kind)["periodSeconds"]:
-            yield f"{kind}: probes overlap"
+        if not 2 <= _probe(site, kind)["timeoutSeconds"] <= _probe(site, kind)["periodSeconds"]:
+            yield f"{kind}: waits {_probe(site, kind)['timeoutSeconds']} s of {_probe(site, kind)['periodSeconds']} s"
 
 
 probes_wait_longer_than_the_server_thinks.broken_by(
@@ -235,6 +238,18 @@ a_rollout_never_takes_a_replica_away_first.broken_by(
 )
 a_rollout_never_takes_a_replica_away_first.broken_by(
     "ready is ready at once", lambda site: drop(site.deployment, "spec", "minReadySeconds")
+)
+
+
+@promise
+def there_is_something_to_go_back_to(site: Site) -> Iterator[str]:
+    """The last versions stay known, so that a rollout can be undone."""
+    if not 2 <= dig(site.deployment, "spec", "revisionHistoryLimit", default=10) <= 10:
+        yield f"revisionHistoryLimit: {site.deployment['spec']['revisionHistoryLimit']}"
+
+
+there_is_something_to_go_back_to.broken_by(
+    "no version before this one is known", lambda site: put(site.deployment, "spec", "revisionHistoryLimit", value=0)
 )
 
 

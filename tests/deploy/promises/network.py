@@ -6,9 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from tests.deploy.promises import promise
-from tests.deploy.site import Document, Pod, Site, dig, drop, put, selects
+from tests.deploy.site import MIGRATION, SERVER, Document, Pod, Site, dig, drop, put, selects
 
 _DNS = {("UDP", 53), ("TCP", 53)}
+_PROMETHEUS = {
+    "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}},
+    "podSelector": {"matchLabels": {"app.kubernetes.io/name": "prometheus"}},
+}
 
 
 def _policies(among: list[Document]) -> list[Document]:
@@ -18,7 +22,8 @@ def _policies(among: list[Document]) -> list[Document]:
 def _rules(among: list[Document], direction: str, pod: Pod) -> Iterator[tuple[str, Document]]:
     """Yield the rules (`ingress` or `egress`) of every policy that is about a pod, with the policy's name."""
     for policy in _policies(among):
-        if selects(dig(policy, "spec", "podSelector"), pod.labels):
+        about = direction.capitalize() in (dig(policy, "spec", "policyTypes") or ())
+        if about and selects(dig(policy, "spec", "podSelector"), pod.labels):
             for rule in dig(policy, "spec", direction, default=[]):
                 yield policy["metadata"]["name"], rule
 
@@ -92,13 +97,14 @@ def every_opening_names_its_peer_and_its_port(site: Site) -> Iterator[str]:
                 if not rule.get(peers) or not rule.get("ports"):
                     yield f"{name}: {rule}"
                 for peer in rule.get(peers) or []:
-                    block = dig(peer, "ipBlock", "cidr")
+                    block = dig(peer, "ipBlock", "cidr", default="0.0.0.0/0" if "ipBlock" in peer else None)
                     if peer == {} or peer.get("namespaceSelector") == {}:
                         yield f"{name}: everybody"
                     if block is not None and ipaddress.ip_network(block).prefixlen < 16:
                         yield f"{name}: {block}"
                 for opening in rule.get("ports") or []:
-                    if "port" not in opening or "endPort" in opening:
+                    named = "port" in opening and "endPort" not in opening
+                    if not named or opening.get("protocol") not in ("TCP", "UDP"):
                         yield f"{name}: {opening}"
 
 
@@ -123,10 +129,7 @@ def only_prometheus_comes_to_the_management_port(site: Site) -> Iterator[str]:
         if any(_port(site, opening.get("port", 0)) == _port(site, "management") for opening in rule.get("ports") or []):
             found.append(name)
             for peer in rule.get("from") or []:
-                if (
-                    not dig(peer, "namespaceSelector", "matchLabels")
-                    or dig(peer, "podSelector", "matchLabels", "app.kubernetes.io/name") != "prometheus"
-                ):
+                if peer != _PROMETHEUS:
                     yield f"{name}: {peer}"
     if len(found) != 1:
         yield f"openings: {found}"
@@ -267,15 +270,36 @@ server_and_migration_go_to_the_same_database.broken_by(
 
 
 @promise
-def no_policy_is_about_nobody(site: Site) -> Iterator[str]:
-    """A selector with a typing error opens or denies nothing, and nobody notices."""
-    for among, pod in ((site.production, site.pod), (site.migrate, site.migration_pod), (site.ingress, site.pod)):
+def the_gateway_that_routes_hang_on_may_come_in(site: Site) -> Iterator[str]:
+    """Its namespace is named twice: where the routes hang, and where the way in is opened."""
+    opened = {
+        dig(peer, "namespaceSelector", "matchLabels", "kubernetes.io/metadata.name")
+        for rule in dig(site.find("NetworkPolicy", "identity-service-from-gateway"), "spec", "ingress", default=[])
+        for peer in rule.get("from") or []
+    }
+    for route in site.all("HTTPRoute"):
+        hangs = {parent.get("namespace", "identity") for parent in dig(route, "spec", "parentRefs", default=[])}
+        if hangs != opened:
+            yield f"{route['metadata']['name']} hangs in {hangs}, {opened} may come"
+
+
+the_gateway_that_routes_hang_on_may_come_in.broken_by(
+    "the public gateway is in another namespace",
+    lambda site: put(site.find("HTTPRoute", "identity-service"), "spec", "parentRefs", 0, "namespace", value="edge"),
+)
+
+
+@promise
+def every_policy_is_about_the_pods_that_it_means(site: Site) -> Iterator[str]:
+    """A selector with a typing error opens or denies nothing, one that says less opens for others, too."""
+    for among, labels in ((site.production, SERVER), (site.migrate, MIGRATION), (site.ingress, SERVER)):
         for policy in _policies(among):
-            if not selects(policy["spec"].get("podSelector"), pod.labels):
-                yield policy["metadata"]["name"]
+            wanted = {} if policy["metadata"]["name"] == "default-deny" else {"matchLabels": labels}
+            if dig(policy, "spec", "podSelector") != wanted:
+                yield f"{policy['metadata']['name']}: {dig(policy, 'spec', 'podSelector')}"
 
 
-no_policy_is_about_nobody.broken_by(
+every_policy_is_about_the_pods_that_it_means.broken_by(
     "a policy for a pod that is called otherwise",
     lambda site: put(
         site.find("NetworkPolicy", "identity-service-from-ingress", site.ingress),
@@ -284,80 +308,19 @@ no_policy_is_about_nobody.broken_by(
 )  # fmt: skip
 
 
-# -- Services ---------------------------------------------------------------------------------------------------------
-
-
 @promise
-def services_lead_to_ports_that_there_are(site: Site) -> Iterator[str]:
-    """By the names that the container gives them."""
-    names = {port.get("name") for port in site.server.get("ports") or []}
-    for service in site.all("Service"):
-        for port in dig(service, "spec", "ports", default=[]):
-            if port.get("targetPort") not in names:
-                yield f"{service['metadata']['name']}: {port}"
+def every_policy_says_which_way_it_is_about(site: Site) -> Iterator[str]:
+    """What is left to a default is read differently by who reads it; a direction that is not named opens nothing."""
+    for among in (site.production, site.migrate, site.ingress):
+        for policy in _policies(among):
+            spec = policy.get("spec") or {}
+            opened = {direction.capitalize() for direction in ("ingress", "egress") if spec.get(direction)}
+            wanted = {"Ingress", "Egress"} if among is site.migrate or not opened else opened
+            if set(spec.get("policyTypes") or []) != wanted:
+                yield f"{policy['metadata']['name']}: {spec.get('policyTypes')}"
 
 
-services_lead_to_ports_that_there_are.broken_by(
-    "a Service leads to a port of another product",
-    lambda site: put(site.find("Service", "identity-service"), "spec", "ports", 0, "targetPort", value="web"),
-)
-
-
-@promise
-def services_are_for_the_inside_of_the_cluster(site: Site) -> Iterator[str]:
-    """What comes from outside comes through a route."""
-    for service in site.all("Service"):
-        if dig(service, "spec", "type", default="ClusterIP") != "ClusterIP" or "externalIPs" in service["spec"]:
-            yield service["metadata"]["name"]
-
-
-services_are_for_the_inside_of_the_cluster.broken_by(
-    "a Service opens a port of every node",
-    lambda site: put(site.find("Service", "identity-service"), "spec", "type", value="NodePort"),
-)
-
-
-@promise
-def unready_replicas_still_serve_the_keys(site: Site) -> Iterator[str]:
-    """Of their own accord: by a Service that lists all, which no client's request goes through."""
-    wanted = {"identity-service": False, "identity-service-discovery": True, "identity-service-management": True}
-    found = {
-        service["metadata"]["name"]: bool(dig(service, "spec", "publishNotReadyAddresses", default=False))
-        for service in site.all("Service")
-    }
-    if found != wanted:
-        yield f"{found}"
-
-
-unready_replicas_still_serve_the_keys.broken_by(
-    "the keys go away with the database",
-    lambda site: drop(site.find("Service", "identity-service-discovery"), "spec", "publishNotReadyAddresses"),
-)
-unready_replicas_still_serve_the_keys.broken_by(
-    "requests go to replicas that cannot answer",
-    lambda site: put(site.find("Service", "identity-service"), "spec", "publishNotReadyAddresses", value=True),
-)
-
-
-@promise
-def no_service_for_clients_leads_to_the_management_port(site: Site) -> Iterator[str]:
-    """It has a Service of its own, without an address, that no route names."""
-    for service in site.all("Service"):
-        targets = {port.get("targetPort") for port in dig(service, "spec", "ports", default=[])}
-        own = service["metadata"]["name"] == "identity-service-management"
-        if targets & {"management", 9000} and (not own or len(targets) > 1):
-            yield service["metadata"]["name"]
-        if own and dig(service, "spec", "clusterIP") != "None":
-            yield "Prometheus would ask one replica at random"
-
-
-no_service_for_clients_leads_to_the_management_port.broken_by(
-    "metrics beside the API",
-    lambda site: site.find("Service", "identity-service")["spec"]["ports"].append(
-        {"name": "metrics", "port": 9000, "targetPort": "management"}
-    ),
-)
-no_service_for_clients_leads_to_the_management_port.broken_by(
-    "Prometheus sees one replica at a time",
-    lambda site: drop(site.find("Service", "identity-service-management"), "spec", "clusterIP"),
+every_policy_says_which_way_it_is_about.broken_by(
+    "the way to the mail server is about the way in",
+    lambda site: put(site.find("NetworkPolicy", "identity-service-to-smtp"), "spec", "policyTypes", value=["Ingress"]),
 )

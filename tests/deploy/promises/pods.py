@@ -184,6 +184,19 @@ def only_tmp_can_be_written(site: Site) -> Iterator[str]:
                     yield f"{where}: {found}"
 
 
+@promise
+def every_container_has_a_tmp(site: Site) -> Iterator[str]:
+    """Libraries look for a place to write, and the root has none."""
+    for where, container in site.containers():
+        if not any(mount["mountPath"] == _WRITABLE[0] for mount in container.get("volumeMounts") or []):
+            yield where
+
+
+every_container_has_a_tmp.broken_by(
+    "the migration has nowhere to write", lambda site: drop(site.migrator, "volumeMounts")
+)
+
+
 only_tmp_can_be_written.broken_by(
     "what may be written has no bound", lambda site: drop(site.pod.spec, "volumes", 0, "emptyDir", "sizeLimit")
 )
@@ -265,6 +278,22 @@ pods_are_not_told_of_other_services.broken_by(
 
 
 @promise
+def containers_are_called_what_they_are(site: Site) -> Iterator[str]:
+    """Dashboards and alerts look for them by name, and kubectl by the annotation."""
+    names = [container.get("name") for _, container in (*site.pod.containers(), *site.migration_pod.containers())]
+    if names != ["schema", "identity-service", "migrate"]:
+        yield f"{names}"
+    annotations = dig(site.deployment, "spec", "template", "metadata", "annotations", default={})
+    if annotations.get("kubectl.kubernetes.io/default-container") != "identity-service":
+        yield f"{annotations}"
+
+
+containers_are_called_what_they_are.broken_by(
+    "the server has another name", lambda site: put(site.server, "name", value="server")
+)
+
+
+@promise
 def the_schema_is_only_looked_at_before_serving(site: Site) -> Iterator[str]:
     """The pod waits for a migration; it never runs one, for several would start at once, under the wrong role."""
     commands = [container.get("command") for container in site.pod.spec.get("initContainers") or []]
@@ -329,7 +358,7 @@ images_of_production_are_pinned.broken_by(
 @promise
 def the_migration_is_of_the_version_that_will_serve(site: Site) -> Iterator[str]:
     """One image for the server, for what looks at the schema, and for what changes it."""
-    images = {container.get("image") for container in (site.server, site.schema_check, site.migrator)}
+    images = {container.get("image") for container in (site.server, site.schema_check, site.migrator) if container}
     if len(images) != 1:
         yield f"{images}"
 
@@ -337,6 +366,19 @@ def the_migration_is_of_the_version_that_will_serve(site: Site) -> Iterator[str]
 the_migration_is_of_the_version_that_will_serve.broken_by(
     "the migration is of another version",
     lambda site: put(site.migrator, "image", value="registry.example/identity-service@sha256:" + "0" * 64),
+)
+
+
+@promise
+def an_image_is_pulled_once(site: Site) -> Iterator[str]:
+    """It is pinned, so a node that has it needs no registry to start a replica."""
+    for where, container in site.containers():
+        if container.get("imagePullPolicy") != "IfNotPresent":
+            yield f"{where}: {container.get('imagePullPolicy')}"
+
+
+an_image_is_pulled_once.broken_by(
+    "every start asks the registry", lambda site: put(site.server, "imagePullPolicy", value="Always")
 )
 
 

@@ -8,7 +8,7 @@ from unittest import mock
 
 from identity_service.settings import Settings, UnsafeSettings, load_settings
 from tests.deploy.promises import promise
-from tests.deploy.site import DEPLOY, Document, Site, dig, drop, put
+from tests.deploy.site import Document, Site, dig, drop, put
 
 _NAME = re.compile(r"IDENTITY_[A-Z0-9_]+")
 _MIGRATOR = "identity-database-migrator"
@@ -130,6 +130,26 @@ the_migration_has_a_database_role_of_its_own.broken_by(
 
 
 @promise
+def each_container_is_told_what_it_connects_to(site: Site) -> Iterator[str]:
+    """By the secrets that are there for it, and no other."""
+    database = ("IDENTITY_DATABASE_URL", "identity-database", "url")
+    redis = ("IDENTITY_REDIS_URL", "identity-redis", "url")
+    smtp = ("IDENTITY_SMTP_PASSWORD", "identity-smtp", "password")
+    for container, wanted in ((site.schema_check, {database}), (site.server, {database, redis, smtp})):
+        if container and set(_references(container)) != wanted:
+            yield f"{container.get('name')}: {sorted(_references(container))}"
+
+
+each_container_is_told_what_it_connects_to.broken_by(
+    "the server is told of no database", lambda site: drop(site.server, "env", 0)
+)
+each_container_is_told_what_it_connects_to.broken_by(
+    "what looks at the schema holds the mail server's password",
+    lambda site: site.schema_check["env"].append(site.server["env"][2]),
+)
+
+
+@promise
 def every_secret_has_an_example(site: Site) -> Iterator[str]:
     """Who makes them by hand finds all of them, and none that nobody reads."""
     shown = {(found["metadata"]["name"], key) for found in site.examples for key in found.get("stringData") or {}}
@@ -153,6 +173,14 @@ def every_secret_is_fetched_from_the_store(site: Site) -> Iterator[str]:
         fetched |= {(target, item.get("secretKey")) for item in spec.get("data") or []}
         if dig(spec, "target", "deletionPolicy") != "Retain":
             yield f"{target}: goes when the store forgets it"
+        if spec.get("secretStoreRef") != {"kind": "ClusterSecretStore", "name": "identity"}:
+            yield f"{target}: from {spec.get('secretStoreRef')}"
+        if dig(spec, "target", "creationPolicy") != "Owner" or spec.get("refreshInterval") != "1h":
+            yield f"{target}: {spec.get('target')} each {spec.get('refreshInterval')}"
+        for item in spec.get("data") or []:
+            entry = f"identity/{target.removeprefix('identity-')}"
+            if item.get("remoteRef") != {"key": entry, "property": item.get("secretKey")}:
+                yield f"{target}: {item.get('remoteRef')}"
     for secret, key in sorted(_used(site) ^ fetched, key=str):
         yield f"{secret}/{key}"
 
@@ -160,6 +188,10 @@ def every_secret_is_fetched_from_the_store(site: Site) -> Iterator[str]:
 every_secret_is_fetched_from_the_store.broken_by(
     "the master key goes when the store forgets it",
     lambda site: drop(site.find("ExternalSecret", "identity-master-key"), "spec", "target", "deletionPolicy"),
+)
+every_secret_is_fetched_from_the_store.broken_by(
+    "the service's password is fetched for the migrator",
+    lambda site: put(site.migrate_secret, "spec", "data", 0, "remoteRef", "key", value="identity/database"),
 )
 every_secret_is_fetched_from_the_store.broken_by(
     "nobody fetches the password of the mail server",
@@ -230,13 +262,7 @@ every_setting_that_is_set_exists.broken_by(
 @promise
 def every_setting_that_is_written_about_exists(site: Site) -> Iterator[str]:
     """In comments and in the README, too."""
-    texts = {"README.md": site.readme}
-    texts |= {
-        str(path.relative_to(DEPLOY)): path.read_text("utf-8")
-        for path in sorted(DEPLOY.rglob("*"))
-        if path.is_file() and path.name != "README.md" and "secrets" not in path.parts
-    }
-    for where, text in texts.items():
+    for where, text in {**site.texts, "README.md": site.readme}.items():
         for name in sorted(set(_NAME.findall(text)) - site.facts.settings):
             yield f"{where}: {name}"
 
@@ -268,6 +294,8 @@ def the_service_starts_with_the_settings_of_production(site: Site) -> Iterator[s
             yield "it is a development server"
         if not settings.trusted_proxies:
             yield "no proxy is trusted, so that everybody shares its limits"
+        if not settings.sends_mail:
+            yield "nobody can reset a password: no mail is sent"
 
 
 the_service_starts_with_the_settings_of_production.broken_by(
@@ -278,6 +306,9 @@ the_service_starts_with_the_settings_of_production.broken_by(
 )
 the_service_starts_with_the_settings_of_production.broken_by(
     "every address is a trusted proxy", lambda site: put(site.config, "IDENTITY_TRUSTED_PROXIES", value="0.0.0.0/0")
+)
+the_service_starts_with_the_settings_of_production.broken_by(
+    "no mail server is named", lambda site: drop(site.config, "IDENTITY_SMTP_HOST")
 )
 the_service_starts_with_the_settings_of_production.broken_by(
     "no proxy is trusted", lambda site: drop(site.config, "IDENTITY_TRUSTED_PROXIES")
