@@ -167,7 +167,7 @@ def test_every_alert_has_its_runbook() -> None:
         assert text.startswith(f"# {alert}\n"), name
         parts = re.split(r"^## (.+)$", text, flags=re.M)
         assert parts[1::2] == SECTIONS, name
-        assert all(len(part.strip()) > 80 for part in parts[2::2]), name
+        assert all(len(part.strip()) > 50 for part in parts[2::2]), name
 
 
 def test_every_runbook_has_its_alert() -> None:
@@ -195,7 +195,7 @@ def test_every_metric_that_an_alert_or_a_runbook_names_is_one_of_ours() -> None:
         assert grouped_by(rule["expr"]) <= labels | TARGET_LABELS, alert
     for page in RUNBOOKS.glob("*.md"):
         mentioned = set(re.findall(r"\bidentity_[a-z_]+", page.read_text("utf-8")))
-        assert mentioned <= known.keys(), page.name
+        assert mentioned <= known.keys() | families().keys(), page.name
 
 
 def test_no_label_of_ours_is_one_that_prometheus_sets() -> None:

@@ -1,5 +1,6 @@
 """Traces: what a span holds and what it never holds, whose traces they are, and a collector that is away."""
 
+import re
 import socket
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -29,10 +31,8 @@ from tests.support.servers import free_port
 from tests.support.service import ISSUER, PASSWORD, Service, running, test_settings
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
-ATTRIBUTES = {
-    *("http.request.method", "http.route", "http.response.status_code", "error.type", "db.system.name"),
-    *("identity.request_id", "identity.client_id", "identity.reason"),
-}
+PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text("utf-8")
+ATTRIBUTES = set(re.findall(r"`((?:http|error|db|identity)\.[a-z_.]+)`", PAGE))
 RESOURCE = {
     *("service.name", "service.version", "service.instance.id"),
     *("telemetry.sdk.language", "telemetry.sdk.name", "telemetry.sdk.version"),
@@ -157,6 +157,7 @@ async def test_spans_hold_nothing_but_what_is_listed(service: Service, traced: T
     assert len(spans) > 20
     text = everything_in(spans)
     assert [canary for canary in canaries if canary.lower() in text.lower()] == []
+    assert len(ATTRIBUTES) == 8
     for span in spans:
         assert span.attributes is not None
         assert set(span.attributes) <= ATTRIBUTES
