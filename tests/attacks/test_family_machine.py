@@ -103,12 +103,15 @@ def judged(world: World, family: Modelled, token: str, key: str | None, *, ours:
     ended = world.now >= row.idle_end or world.now >= row.absolute_end
     elapsed = max(0.0, world.now - row.rotated_at)
     permitted = (key is not None and key == row.key) or (world.window > 0 and elapsed < world.window)
+    unseen = generation > row.generation or (generation == row.generation and token != row.current)
+    if row.revoked:
+        return "revoked"
+    if unseen and ours:
+        return "ahead_of_record"
     if world.ended(row):
         return "revoked"
     if not ours:
         return "foreign_client"
-    if generation > row.generation or (generation == row.generation and token != row.current):
-        return "ahead_of_record"
     if token == row.current:
         if ended:
             return "expired"

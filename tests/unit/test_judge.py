@@ -72,25 +72,44 @@ def test_a_token_without_a_family_is_unknown(presented: GenuineToken, client: st
     assert verdict(None, presented, client=client, key=KEY, window=60) is Verdict.UNKNOWN
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        REVOKED,
-        replace(LIVE, user_epoch_now=4),
-        replace(LIVE, user_epoch_now=2),
-        replace(LIVE, client_epoch_now=8),
-        replace(LIVE, user_epoch_now=None),
-        replace(LIVE, client_epoch_now=None),
-    ],
-    ids=["revoked", "user epoch on", "user epoch back", "client epoch on", "user disabled", "client disabled"],
-)
+OUTDATED = {
+    "user epoch on": replace(LIVE, user_epoch_now=4),
+    "user epoch back": replace(LIVE, user_epoch_now=2),
+    "client epoch on": replace(LIVE, client_epoch_now=8),
+    "user disabled": replace(LIVE, user_epoch_now=None),
+    "client disabled": replace(LIVE, client_epoch_now=None),
+}
+outdated_families = pytest.mark.parametrize("family", OUTDATED.values(), ids=OUTDATED)
+
+
 @pytest.mark.parametrize("presented", [NEWEST, PREDECESSOR, OLD, AHEAD, TWIN])
 @pytest.mark.parametrize("client", [OURS, THEIRS])
-def test_a_dead_family_comes_before_every_other_finding(
-    family: FamilyState, presented: GenuineToken, client: str
-) -> None:
+def test_a_revoked_family_comes_before_every_other_finding(presented: GenuineToken, client: str) -> None:
     """What is dead is not revoked again: not for a stranger, not for a replay, not for a restored database."""
-    assert verdict(family, presented, client=client, key=KEY, window=60) is Verdict.REVOKED
+    assert verdict(REVOKED, presented, client=client, key=KEY, window=60) is Verdict.REVOKED
+
+
+@outdated_families
+@pytest.mark.parametrize("presented", [NEWEST, PREDECESSOR, OLD, AHEAD, TWIN])
+def test_an_epoch_that_moved_on_comes_before_a_stranger(family: FamilyState, presented: GenuineToken) -> None:
+    """Whatever another client presents of a family that is over."""
+    assert verdict(family, presented, client=THEIRS, key=KEY, window=60) is Verdict.REVOKED
+
+
+@outdated_families
+@pytest.mark.parametrize("presented", [NEWEST, PREDECESSOR, OLD])
+def test_an_epoch_that_moved_on_comes_before_reuse_and_retries(family: FamilyState, presented: GenuineToken) -> None:
+    """All that the row has seen is over."""
+    assert verdict(family, presented, key=KEY, window=60) is Verdict.REVOKED
+
+
+@outdated_families
+@pytest.mark.parametrize("presented", [AHEAD, TWIN])
+def test_a_token_from_a_time_that_is_lost_is_told_though_every_epoch_has_moved_on(
+    family: FamilyState, presented: GenuineToken
+) -> None:
+    """As it does when a restored database is put right: these tokens show whom that concerns."""
+    assert verdict(family, presented, key=KEY, window=60) is Verdict.AHEAD
 
 
 @pytest.mark.parametrize("family", [LIVE, IDLE, OVER])
@@ -237,16 +256,16 @@ def is_unseen(case: Case) -> bool:
 
 TABLE: list[tuple[Callable[[Case], bool], Verdict]] = [
     (lambda case: case.family is None, Verdict.UNKNOWN),
+    (lambda case: case.family.revoked, Verdict.REVOKED),
+    (lambda case: is_unseen(case) and case.client == case.family.client_id, Verdict.AHEAD),
     (
         lambda case: (
-            case.family.revoked
-            or (case.family.user_epoch, case.family.client_epoch)
+            (case.family.user_epoch, case.family.client_epoch)
             != (case.family.user_epoch_now, case.family.client_epoch_now)
         ),
         Verdict.REVOKED,
     ),
     (lambda case: case.client != case.family.client_id, Verdict.FOREIGN_CLIENT),
-    (is_unseen, Verdict.AHEAD),
     (lambda case: is_current(case) and outdated(case), Verdict.EXPIRED),
     (lambda case: is_current(case) and same_key(case), Verdict.KEY_REUSED),
     (is_current, Verdict.CURRENT),

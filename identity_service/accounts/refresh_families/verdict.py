@@ -70,17 +70,22 @@ def judge(
     Say what a genuine token that did not rotate is; the first rule that matches wins.
 
     `retry_window` is in seconds. `CURRENT` means that the token is good after all: the row changed between the two
-    statements, and the rotation is to be tried again.
+    statements, and the rotation is to be tried again. A token that the row has never seen is told also where an epoch
+    has moved on: putting a restored database right moves every epoch, and these tokens show how much was lost.
     """
     if family is None:
         return Verdict.UNKNOWN
-    if family.revoked or family.user_epoch != family.user_epoch_now or family.client_epoch != family.client_epoch_now:
+    if family.revoked:
         return Verdict.REVOKED
-    if family.client_id != client_id:
-        return Verdict.FOREIGN_CLIENT
+    foreign = family.client_id != client_id
     same_generation = presented.generation == family.generation
-    if presented.generation > family.generation or (same_generation and presented.nonce != family.nonce):
+    unseen = presented.generation > family.generation or (same_generation and presented.nonce != family.nonce)
+    if unseen and not foreign:
         return Verdict.AHEAD
+    if family.user_epoch != family.user_epoch_now or family.client_epoch != family.client_epoch_now:
+        return Verdict.REVOKED
+    if foreign:
+        return Verdict.FOREIGN_CLIENT
     same_key = retry_digest is not None and retry_digest == family.retry_digest
     if same_generation:
         if family.expired(now):
