@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+import yaml
+
 KUBERNETES: Final = Path(__file__).parents[2] / "deploy" / "kubernetes"
 RENDERED: Final = KUBERNETES / "rendered"
 RECORD: Final = RENDERED / "SOURCES"
@@ -45,9 +47,22 @@ def render(command: list[str], source: Path) -> str:
     return done.stdout
 
 
+def sources(folder: Path) -> set[Path]:
+    """Return every file that a kustomization is made of, itself and what it takes in from others included."""
+    file = folder / "kustomization.yaml"
+    kustomization = yaml.safe_load(file.read_text("utf-8"))
+    found = {file}
+    for name in (*kustomization.get("resources", ()), *kustomization.get("components", ())):
+        path = (folder / name).resolve()
+        found |= sources(path) if path.is_dir() else {path}
+    for generator in kustomization.get("configMapGenerator", ()):
+        found |= {(folder / name).resolve() for name in generator.get("envs", ())}
+    return found
+
+
 def digests() -> str:
     """Return the digest of each source and of each rendering, one line each, as `sha256sum` writes them."""
-    files = [path for path in KUBERNETES.rglob("*") if path.is_file() and path != RECORD]
+    files = {RENDERED / name for name in TARGETS}.union(*map(sources, TARGETS.values()))
     lines = []
     for path in sorted(files):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -137,6 +137,7 @@ class Site:
     namespace: list[Document]
     dev: list[Document]
     ingress: list[Document]
+    tracing: list[Document]
     examples: list[Document]
     kustomizations: dict[str, Document]
     compose: Document
@@ -161,6 +162,7 @@ class Site:
                 for found in documents(*sorted((kubernetes / "components" / "ingress").glob("*.yaml")))
                 if found["kind"] != "Component"
             ],
+            tracing=documents(kubernetes / "components" / "tracing" / "networkpolicy.yaml"),
             examples=documents(*sorted((kubernetes / "secrets.example").glob("*.yaml"))),
             kustomizations={
                 path.parent.relative_to(kubernetes).as_posix(): documents(path)[0]

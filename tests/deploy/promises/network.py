@@ -19,6 +19,10 @@ def _policies(among: list[Document]) -> list[Document]:
     return [found for found in among if found["kind"] == "NetworkPolicy"]
 
 
+def _everywhere(site: Site) -> tuple[list[Document], ...]:
+    return site.production, site.migrate, site.ingress, site.tracing
+
+
 def _rules(among: list[Document], direction: str, pod: Pod) -> Iterator[tuple[str, Document]]:
     """Yield the rules (`ingress` or `egress`) of every policy that is about a pod, with the policy's name."""
     for policy in _policies(among):
@@ -90,7 +94,7 @@ the_migration_is_shut_off_before_anything_else_is_there.broken_by(
 @promise
 def every_opening_names_its_peer_and_its_port(site: Site) -> Iterator[str]:
     """No rule without a peer, which would mean everybody, nor without a port, which would mean every port."""
-    for policy in (*_policies(site.production), *_policies(site.migrate), *_policies(site.ingress)):
+    for policy in (each for among in _everywhere(site) for each in _policies(among)):
         name = policy["metadata"]["name"]
         for direction, peers in (("ingress", "from"), ("egress", "to")):
             for rule in policy["spec"].get(direction) or []:
@@ -292,7 +296,8 @@ the_gateway_that_routes_hang_on_may_come_in.broken_by(
 @promise
 def every_policy_is_about_the_pods_that_it_means(site: Site) -> Iterator[str]:
     """A selector with a typing error opens or denies nothing, one that says less opens for others, too."""
-    for among, labels in ((site.production, SERVER), (site.migrate, MIGRATION), (site.ingress, SERVER)):
+    for among in _everywhere(site):
+        labels = MIGRATION if among is site.migrate else SERVER
         for policy in _policies(among):
             wanted = {} if policy["metadata"]["name"] == "default-deny" else {"matchLabels": labels}
             if dig(policy, "spec", "podSelector") != wanted:
@@ -311,7 +316,7 @@ every_policy_is_about_the_pods_that_it_means.broken_by(
 @promise
 def every_policy_says_which_way_it_is_about(site: Site) -> Iterator[str]:
     """What is left to a default is read differently by who reads it; a direction that is not named opens nothing."""
-    for among in (site.production, site.migrate, site.ingress):
+    for among in _everywhere(site):
         for policy in _policies(among):
             spec = policy.get("spec") or {}
             opened = {direction.capitalize() for direction in ("ingress", "egress") if spec.get(direction)}
@@ -320,6 +325,9 @@ def every_policy_says_which_way_it_is_about(site: Site) -> Iterator[str]:
                 yield f"{policy['metadata']['name']}: {spec.get('policyTypes')}"
 
 
+every_policy_says_which_way_it_is_about.broken_by(
+    "the way to the collector is about nothing", lambda site: drop(site.tracing, 0, "spec", "policyTypes")
+)
 every_policy_says_which_way_it_is_about.broken_by(
     "the way to the mail server is about the way in",
     lambda site: put(site.find("NetworkPolicy", "identity-service-to-smtp"), "spec", "policyTypes", value=["Ingress"]),

@@ -87,3 +87,35 @@ no_service_for_clients_leads_to_the_management_port.broken_by(
     "Prometheus sees one replica at a time",
     lambda site: drop(site.find("Service", "identity-service-management"), "spec", "clusterIP"),
 )
+
+
+@promise
+def prometheus_finds_every_replica(site: Site) -> Iterator[str]:
+    """By the labels of the management Service, the name of its port, and a path that is served there."""
+    monitors = site.all("ServiceMonitor")
+    service = site.find("Service", "identity-service-management")
+    labels = dig(service, "metadata", "labels", default={})
+    ports = {port.get("name") for port in dig(service, "spec", "ports", default=[])}
+    if len(monitors) != 1 or dig(monitors, 0, "spec", "namespaceSelector") is not None:
+        yield f"{len(monitors)} monitors"
+    for monitor in monitors:
+        wanted = dig(monitor, "spec", "selector", "matchLabels", default={})
+        if not wanted or not wanted.items() <= labels.items():
+            yield f"looks for {wanted}, there is {labels}"
+        for endpoint in dig(monitor, "spec", "endpoints", default=[]):
+            if endpoint.get("port") not in ports or endpoint.get("path") not in site.facts.management_paths:
+                yield f"asks {endpoint}"
+
+
+prometheus_finds_every_replica.broken_by(
+    "Prometheus looks for a Service with other labels",
+    lambda site: put(
+        site.find("Service", "identity-service-management"),
+        *("metadata", "labels", "app.kubernetes.io/component"),
+        value="server",
+    ),
+)
+prometheus_finds_every_replica.broken_by(
+    "Prometheus asks for a port of another name",
+    lambda site: put(site.all("ServiceMonitor")[0], "spec", "endpoints", 0, "port", value="metrics"),
+)
