@@ -280,7 +280,9 @@ async def test_start_and_readiness_take_the_oldest_schema_that_the_code_works_on
     for found, good in (("0003", True), ("0002", False), ("0004", True)):
         await service.execute(text("UPDATE alembic_version SET version_num = :found").bindparams(found=found))
         assert (await services.schema_fault(service.services.db) is None) == good
-        answer = await health.Readiness(service.services.db, service.services.signing_keys)._check_database()
+        answer = await health.Readiness(
+            service.services.db, service.services.signing_keys, service.app.drain
+        )._check_database()
         assert (answer == "ok") == good
 
 

@@ -89,10 +89,8 @@ def earlier_versions(folder: Path, root: Path = ROOT) -> list[Version]:
 
 def _oldest_first(root: Path) -> Iterator[tuple[str, str]]:
     """Yield (schema revision, commit) of the main line's last commit before each change of the revision, and HEAD's."""
-    changes = (
-        _git(root, "log", "--first-parent", "-m", "-G^SCHEMA_REVISION", "--format=%H", "--", _TABLES).decode().split()
-    )
-    for name in (*(f"{change}^" for change in reversed(changes)), "HEAD"):
+    changes = _git(root, "log", "--first-parent", "-m", "-G^SCHEMA_REVISION", "--format=%H", "--", _TABLES)
+    for name in (*(f"{change}^" for change in reversed(changes.decode().split())), "HEAD"):
         commit = _git(root, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}").decode().strip()
         if commit and (tables := _git(root, "show", f"{commit}:{_TABLES}")):
             yield _revision(tables.decode()), commit
