@@ -41,6 +41,7 @@ class DatabaseSettings(BaseSettings):
     environment: Literal["production", "development"] = "production"
     data_dir: Path = Path(".data")
     database_url: SecretStr = SecretStr("")
+    database_pooler: Literal["none", "transaction"] = "none"
     allow_sqlite: bool = False
     log_json: bool = True
 
@@ -54,6 +55,11 @@ class DatabaseSettings(BaseSettings):
         """The database's URL; in development, unless one is named, a file in the data directory."""
         named = self.database_url.get_secret_value()
         return named or f"sqlite+aiosqlite:///{(self.data_dir / 'identity.db').absolute()}"
+
+    @property
+    def pooled(self) -> bool:
+        """Whether the database's URL leads to a connection pooler."""
+        return self.database_pooler != "none"
 
     @property
     def on_sqlite(self) -> bool:

@@ -72,7 +72,7 @@ async def _check(settings: DatabaseSettings) -> str:
     """Return in a sentence that the schema is new enough; raises Refused with one for a schema that is not."""
     if (path := settings.sqlite_file) is not None and not path.exists():
         raise Refused(f"there is no database at {path}: run `identity-service migrate`")
-    db = Database(settings.database, pool_size=1)
+    db = Database(settings.database, pool_size=1, pooled=settings.pooled)
     try:
         if fault := await schema_fault(db):
             raise Refused(fault)

@@ -25,6 +25,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, Operation
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from identity_service.infra import pooler
 from identity_service.infra.runtime import to_its_end
 from identity_service.infra.tables import locks
 from identity_service.infra.telemetry import Span, child_span
@@ -40,16 +41,6 @@ log = structlog.get_logger(__name__)
 Answer = TypeVar("Answer")
 Parameters = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
-_SERVER_OPTIONS = {
-    "statement_timeout": "5000",
-    "lock_timeout": "2000",
-    "idle_in_transaction_session_timeout": "10000",
-    "timezone": "UTC",
-    # What requests do all the time finds rows by key. A plan made while the tables were nearly empty would scan them,
-    # and a prepared statement keeps its plan; with scans priced out, the first plan is the right one for good.
-    "enable_seqscan": "off",
-    "jit": "off",  # a scan that cannot be avoided looks so dear then that it would be compiled first
-}
 # SQLSTATE classes and codes that speak of the server's state, never of our statement (PostgreSQL, appendix A).
 _UNAVAILABLE_CLASSES = ("08", "53", "57", "58")
 _UNAVAILABLE_CODES = ("25006", "55P03", "25P03")
@@ -94,10 +85,12 @@ def _translate(error: Exception, *, committing: bool) -> Exception:
     if (sqlite_code := getattr(cause, "sqlite_errorcode", None)) is not None:
         # Busy, full, read-only, I/O trouble are the machine's; 1 (SQLITE_ERROR) is a statement that makes no sense.
         return error if sqlite_code == 1 else DatabaseUnavailable(getattr(cause, "sqlite_errorname", "sqlite"))
+    if pooler.has_nothing_to_lend(cause):
+        return PoolExhausted("the pooler had no session to lend")
     code = getattr(cause, "sqlstate", None) or ""
     if code in _CONFLICT_CODES:
         return TransactionConflict(code)
-    lost = lost or code.startswith("57P")
+    lost = lost or code.startswith(("08", "57P"))  # 08: what a pooler says when it has lost the server
     if lost and not committing:
         return TransactionConflict(code or "connection lost")
     if (
@@ -324,15 +317,18 @@ class Database:
         pool_timeout: float = 2.0,
         patience: float = _PATIENCE,
         options: Mapping[str, str] | None = None,
+        pooled: bool = False,
     ) -> None:
         """
         Prepare the engine; nothing connects yet.
 
         `pool_timeout` is in seconds: how long a request waits for a connection before it hears 503. `patience` as well:
-        how long PostgreSQL may owe an answer before the connection is given up, and the request hears 503.
+        how long PostgreSQL may owe an answer before the connection is given up, and the request hears 503. `pooled`
+        says that a pooler in transaction mode answers at the address: then the role's defaults stand for `options`.
         """
         self.url = make_url(url)
         self._patience = patience
+        self._pooled = pooled and not self.on_sqlite
         if self.on_sqlite:
             if self.url.database:
                 Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
@@ -340,7 +336,6 @@ class Database:
             _prepare_sqlite(self.engine)
         else:
             DATABASE_POOL_SIZE.set(pool_size)
-            settings = {**_SERVER_OPTIONS, **(options or {})}
             self.engine = create_async_engine(
                 self.url,
                 hide_parameters=True,
@@ -356,7 +351,7 @@ class Database:
                     "keepalives_interval": 2,
                     "keepalives_count": 3,
                     "application_name": "identity-service",
-                    "options": " ".join(f"-c {name}={value}" for name, value in settings.items()),
+                    **(_THROUGH_A_POOLER if self._pooled else _directly(options or {})),
                 },
             )
 
@@ -389,6 +384,16 @@ class Database:
             else:
                 return answer
 
+    async def fault(self) -> str | None:
+        """Return what must be changed about the role before it can be used through a pooler; None if nothing."""
+        if not self._pooled:
+            return None
+        async with self.transaction() as tx:
+            rows = (await tx.execute(pooler.DEFAULTS)).all()
+        return pooler.defaults_fault(
+            {row.name: row.setting for row in rows}, role=rows[0].role, database=rows[0].database
+        )
+
     async def revision(self) -> str | None:
         """Return the schema's revision, or None for a database that was never migrated."""
         try:
@@ -403,6 +408,16 @@ class Database:
     async def close(self) -> None:
         """Close every pooled connection."""
         await self.engine.dispose()
+
+
+# A statement that was prepared in one session is unknown in the next, or is another one.
+_THROUGH_A_POOLER: Mapping[str, Any] = {"prepare_threshold": None}
+
+
+def _directly(options: Mapping[str, str]) -> Mapping[str, Any]:
+    """Return how to connect to PostgreSQL itself, and to nothing else."""
+    settings = {**pooler.SESSION_SETTINGS, **options}
+    return {"options": pooler.startup_options(settings), "async_creator_fn": pooler.open_directly}
 
 
 def _prepare_sqlite(engine: AsyncEngine) -> None:

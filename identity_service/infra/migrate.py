@@ -15,6 +15,8 @@ from sqlalchemy import Connection, Engine, NullPool, create_engine, event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 
+from identity_service.infra.pooler import refuse_poolers, startup_options
+
 if TYPE_CHECKING:
     from alembic.config import Config
 
@@ -34,6 +36,7 @@ _SERVER_OPTIONS = {
     "lock_timeout": f"{_ONE_WAIT * 1000:.0f}",
     "statement_timeout": "0",  # a role's own limit is meant for requests; an index takes as long as it takes
     "idle_in_transaction_session_timeout": "0",
+    "enable_seqscan": "on",
     "timezone": "UTC",
     # Should this machine vanish in the middle, the next run must not wait for hours until the server notices.
     "tcp_keepalives_idle": "10",
@@ -105,11 +108,12 @@ def connected(url: str, *, patience: float = PATIENCE, read_only: bool = False) 
         parsed = parsed.set(drivername="sqlite")
     else:
         settings = _SERVER_OPTIONS | ({"default_transaction_read_only": "on"} if read_only else {})
-        options = {"connect_timeout": 5, "options": " ".join(f"-c {name}={value}" for name, value in settings.items())}
+        options = {"connect_timeout": 5, "options": startup_options(settings)}
         if "application_name" not in parsed.query:
             options["application_name"] = "identity-service migrate"
     engine = create_engine(parsed, hide_parameters=True, poolclass=NullPool, connect_args=options)
     if engine.dialect.name == "postgresql":
+        refuse_poolers(engine)
         _let_concurrent_builds_wait(engine, patience)
     else:
         _begin_by_ourselves(engine, "BEGIN" if read_only else "BEGIN IMMEDIATE")

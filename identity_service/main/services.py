@@ -194,7 +194,7 @@ def build_services(
     """
     clock = clock or SystemClock()
     master = load_master_keys(settings, make=make_master_key)
-    db = Database(settings.database, pool_size=settings.database_pool_size)
+    db = Database(settings.database, pool_size=settings.database_pool_size, pooled=settings.pooled)
     data_keys = DataKeys(master, clock)
     key_policy = KeyPolicy(
         bits=settings.signing_key_bits,

@@ -214,7 +214,7 @@ class LocalPostgres(PostgresServer):
 
     def __init__(self, programs: Path, options: Mapping[str, str] = FAST) -> None:
         self._options = dict(options)
-        self._box = _Box("identity-postgres-", dies_by=signal.SIGQUIT)
+        self._box = Box("identity-postgres-", dies_by=signal.SIGQUIT)
         try:
             self._programs = self._box.reach(programs / "postgres", install=programs.parent).parent
             self._data = self._box.folder / "data"
@@ -288,7 +288,7 @@ class LocalRedis(RedisServer):
     controllable: ClassVar[bool] = True
 
     def __init__(self, program: Path) -> None:
-        self._box = _Box("identity-redis-", dies_by=signal.SIGKILL)
+        self._box = Box("identity-redis-", dies_by=signal.SIGKILL)
         try:
             self._program = self._box.reach(program)
             self._box.start_on_a_free_port(self._start_on)
@@ -517,7 +517,7 @@ class _Account(NamedTuple):
     gid: int
 
 
-class _Box:
+class Box:
     """
     Run one server in a folder and under an account in which it can harm nobody, and see that it dies with us.
 
