@@ -15,6 +15,19 @@ from identity_service.infra.database import Transaction
 from identity_service.infra.runtime import Clock, Secret
 from identity_service.infra.tables import spent_bootstrap_secrets
 
+_EVERY_SECRET = bytes(32)
+"""Stands among the digests of spent secrets for every secret there could be; it is the digest of none that is known."""
+
+
+async def close_bootstrap(tx: Transaction, clock: Clock) -> None:
+    """
+    Let no secret make a first operator here any more.
+
+    For a restored database: which secrets were spent in the time that is lost, nobody knows.
+    """
+    entry = tx.insert(spent_bootstrap_secrets).values(digest=_EVERY_SECRET, spent_at=clock.now())
+    await tx.execute(entry.on_conflict_do_nothing())
+
 
 @final
 class Bootstrap:
@@ -29,8 +42,9 @@ class Bootstrap:
         return hmac.compare_digest(self._digest, _digest(presented))
 
     async def spent(self, tx: Transaction) -> bool:
-        """Return whether the secret was used."""
-        used = select(spent_bootstrap_secrets.c.digest).where(spent_bootstrap_secrets.c.digest == self._digest)
+        """Return whether the secret was used, or none works here any more."""
+        c = spent_bootstrap_secrets.c
+        used = select(c.digest).where(c.digest.in_([self._digest, _EVERY_SECRET])).limit(1)
         return (await tx.execute(used)).first() is not None
 
     async def spend(self, tx: Transaction) -> bool:

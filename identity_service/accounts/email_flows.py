@@ -16,6 +16,7 @@ from sqlalchemy import ColumnElement, delete, insert, select
 
 from identity_service.infra.data_keys import DataKeys
 from identity_service.infra.database import Transaction
+from identity_service.infra.parts import in_parts
 from identity_service.infra.runtime import Clock, Secret, new_id
 from identity_service.infra.runtime.ids import decode_token, encode_token
 from identity_service.infra.tables import email_tokens, users
@@ -132,6 +133,13 @@ class EmailTokens:
     async def revoke_all(self, tx: Transaction, user_id: uuid.UUID) -> None:
         """End every token of a user, and the mails that wait to carry them."""
         await tx.execute(delete(email_tokens).where(email_tokens.c.user_id == user_id))
+
+    async def revoke_every(self, tx: Transaction) -> int:
+        """End every token there is, and the mails that wait to carry them; return how many tokens."""
+        ended = 0
+        async for part in in_parts(tx, email_tokens.c.id):
+            ended += (await tx.execute(delete(email_tokens).where(part))).rowcount
+        return ended
 
     async def clean_up(self, tx: Transaction, batch: int) -> int:
         """Forget at most `batch` expired tokens; return how many."""

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from identity_service.cli import audit, dev, imports, keys, migrating, people, registry, serving
+from identity_service.cli import audit, confirming, dev, imports, keys, migrating, people, registry, restoring, serving
 from identity_service.cli.common import Refused
 from identity_service.infra.database import DatabaseUnavailable
 from identity_service.infra.runtime.envelope import MasterKeyError
@@ -23,6 +23,8 @@ app.command("dev")(dev.dev)
 app.command("serve")(serving.serve)
 app.command("migrate")(migrating.migrate)
 app.command("cleanup")(keys.cleanup)
+app.command("after-restore")(restoring.after_restore)
+app.command("confirm-api-keys")(confirming.confirm_api_keys)
 people.app.command("import")(imports.import_users)
 people.app.command("export")(imports.export_users)
 app.add_typer(people.app, name="users")

@@ -50,7 +50,8 @@ def _instant(text: str) -> datetime:
         raise typer.BadParameter("an instant looks like 2026-01-31T12:00:00Z, or like 2026-01-31") from None
 
 
-def _anchor(text: str) -> Anchor:
+def parse_anchor(text: str) -> Anchor:
+    """Return the anchor that a text is; raises typer.BadParameter."""
     seq, _, mac = text.partition(":")
     try:
         if seq.isascii() and seq.isdigit() and len(seal := bytes.fromhex(mac)) == 32:
@@ -143,7 +144,10 @@ def verify(
     anchors: Annotated[
         list[Anchor] | None,
         typer.Option(
-            "--anchor", parser=_anchor, metavar="SEQ:MAC", help="A seal that was kept; shows if later rows were cut."
+            "--anchor",
+            parser=parse_anchor,
+            metavar="SEQ:MAC",
+            help="A seal that was kept; shows if later rows were cut.",
         ),
     ] = None,
     as_json: AsJson = False,

@@ -113,7 +113,8 @@ async def _record(
     await services.audit.record(tx, event, origin=None, actor=ACTOR, target=str(user_id), detail=detail)
 
 
-def _identified(text: str) -> uuid.UUID | None:
+def identified(text: str) -> uuid.UUID | None:
+    """Return the id that a text is, None for what is none."""
     try:
         return uuid.UUID(text)
     except ValueError:
@@ -212,7 +213,7 @@ def delete(
 
     async def work(services: Services, tx: Transaction) -> User:
         await tx.lock(ADMINISTRATORS_LOCK)
-        user_id = _identified(name) if purge else None
+        user_id = identified(name) if purge else None
         user = await services.users.locked(tx, user_id, deleted=True) if user_id is not None else None
         if user is None or user.deleted_at is None:
             user = await _find(services, tx, name)
@@ -255,7 +256,7 @@ def restore(
 
     async def work(services: Services, tx: Transaction) -> User:
         try:
-            user = await services.users.restore(tx, _identified(name) or await _deleted(services, tx, name))
+            user = await services.users.restore(tx, identified(name) or await _deleted(services, tx, name))
         except LookupError:
             raise Refused(_NOBODY_DELETED) from None
         except NameTaken:

@@ -10,7 +10,7 @@ A restore to a point in time copies files, too, and SQLite knows nothing of the 
 """
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import String, delete, insert, literal_column, select, text
 from sqlalchemy.sql import Select
@@ -19,12 +19,17 @@ from identity_service.infra.database import Transaction
 from identity_service.infra.runtime import new_id
 from identity_service.infra.tables import installation
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _WHERE = (
     "(SELECT oid FROM pg_database WHERE datname = current_database())::text"
     " || '.' || {table}::text || '.' || {by}::text"
 )
 _OF_THE_ROW = _WHERE.format(table="installation.tableoid", by="installation.xmin")
 _OF_A_NEW_ROW = _WHERE.format(table="'installation'::regclass::oid", by="pg_current_xact_id()::xid")
+_OTHER_SESSIONS = text(
+    "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    " AND application_name = current_setting('application_name')"
+)
 _IS_THERE = text("SELECT to_regclass('installation')")
 _IS_THERE_ON_SQLITE = text("SELECT name FROM sqlite_master WHERE type = 'table' AND name = 'installation'")
 
@@ -61,6 +66,25 @@ async def mark_installation(tx: Transaction, *, restored_at: datetime | None) ->
     here = literal_column("''" if tx.on_sqlite else _OF_A_NEW_ROW, String())
     await tx.execute(delete(installation))
     await tx.execute(insert(installation).values(id=new_id(), mark=here, restored_at=restored_at))
+
+
+async def other_sessions(tx: Transaction) -> int:
+    """Return how many other connections of this program the database has: servers, commands, or a pooler of theirs."""
+    if tx.on_sqlite:
+        return 0
+    count: int = (await tx.execute(_OTHER_SESSIONS)).scalar_one()
+    return count
+
+
+def restore_number(at: datetime) -> int:
+    """
+    Return the number from which everything goes on that was counted: microseconds since 1970.
+
+    In the time that was lost, counters went on from where the backup has them, and what they counted then may come
+    back from outside: an epoch in a token, the seal of a row. Each step takes a transaction, so none can have counted
+    as far as the time itself; nor can an earlier restore, for that was earlier.
+    """
+    return (at - _EPOCH) // timedelta(microseconds=1)
 
 
 def _marks(on_sqlite: bool) -> Select[tuple[str, datetime | None, str]]:

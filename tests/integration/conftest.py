@@ -6,15 +6,19 @@ For those of the verifier an issuer, a clock, a verifier.
 
 import shutil
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from identity_service.verifier import TokenVerifier
+from tests.conftest import prepare_template
+from tests.support.backups import Backups
 from tests.support.clock import UnixClock
 from tests.support.commands import CHEAP, Cli, Forge, in_production
 from tests.support.issuer import AUDIENCE, Issuer, wait_for_fetches
+from tests.support.restoring import Place
+from tests.support.servers import LocalPostgres, own_postgres
 from tests.support.service import MASTER_KEY, Service, running, test_settings
 from tests.support.trail import Trail, opened_trail
 
@@ -89,6 +93,32 @@ def cli(folder: Path, tmp_path: Path, forge: Forge) -> Cli:
     """Commands with `--data-dir`; mails are written to a folder, as in development."""
     env = {**CHEAP, "IDENTITY_MASTER_KEY": MASTER_KEY, "HOME": str(tmp_path)}
     return Cli(forge, env, ("--data-dir", str(folder)))
+
+
+@pytest.fixture(scope="module")
+def server_with_programs() -> Iterator[LocalPostgres]:
+    """A PostgreSQL of our own, with pg_dump and pg_restore of its own version, and a database to copy."""
+    with own_postgres() as server:
+        prepare_template(server.create_database(Backups.TEMPLATE))
+        yield server
+
+
+@pytest.fixture
+def backups(server_with_programs: LocalPostgres, tmp_path: Path) -> Backups:
+    """What makes and restores backups."""
+    return Backups(server_with_programs, tmp_path)
+
+
+@pytest.fixture
+def lively_url(backups: Backups) -> str:
+    """The URL of a database with keys, which can be dumped."""
+    return backups.a_database(Backups.TEMPLATE)
+
+
+@pytest.fixture
+def at(forge: Forge, tmp_path: Path) -> Callable[[str], Place]:
+    """What makes of a URL a database with the commands that work on it."""
+    return lambda url: Place(url, Cli(forge, in_production(url, tmp_path)))
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,21 +30,9 @@ NUMBERS = (
 
 
 @pytest.fixture(scope="module")
-def postgres() -> Iterator[LocalPostgres]:
-    """A server of our own: its programs are as old as it is."""
-    with own_postgres() as server:
-        yield server
-
-
-@pytest.fixture
-def backups(postgres: LocalPostgres, tmp_path: Path) -> Backups:
-    return Backups(postgres, tmp_path)
-
-
-@pytest.fixture(scope="module")
-def migrated(postgres: LocalPostgres) -> str:
+def migrated(server_with_programs: LocalPostgres) -> str:
     """The URL of a database at home, which no test changes."""
-    url = postgres.create_database("at_home")
+    url = server_with_programs.create_database("at_home")
     migrate(url)
     return url
 
@@ -223,15 +210,22 @@ async def test_a_copied_file_of_sqlite_goes_unnoticed(sqlite_url: str, tmp_path:
 # -- what is done about it --------------------------------------------------------------------------------------------
 
 
-async def test_a_server_refuses_to_start_on_a_copy(backups: Backups, migrated: str, tmp_path: Path) -> None:
-    """With a sentence that names the command; nothing was written by then."""
+def test_a_server_refuses_to_start_on_a_copy(backups: Backups, migrated: str, tmp_path: Path) -> None:
+    """With a sentence that names the command."""
     copy = backups.restore_elsewhere(backups.dump(migrated))
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | in_production(copy, tmp_path)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("IDENTITY_")}
+    environment = clean | {"PYTHONPATH": str(ROOT)} | in_production(copy, tmp_path)
+    # Not as the other commands are run: if this one does not refuse, it never ends.
     refused = subprocess.run(
         [*PROGRAM, "serve"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
     )
     assert refused.returncode == 2
     assert "run `identity-service after-restore`" in refused.stderr
+
+
+async def test_a_server_that_refuses_has_written_nothing(backups: Backups, migrated: str) -> None:
+    """Neither keys nor what jobs do: until the command has run, the copy is as it was restored."""
+    copy = backups.restore_elsewhere(backups.dump(migrated))
     with pytest.raises(UnsafeSettings, match="after-restore --nothing-lost"):
         async with running(test_settings(copy)):
             pass

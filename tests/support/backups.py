@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import subprocess
 from pathlib import Path
-from typing import final
+from typing import ClassVar, final
 
 from sqlalchemy.engine import make_url
 
@@ -17,13 +17,15 @@ _numbers = itertools.count(1)
 class Backups:
     """Dumps databases of a server of our own, restores them there, and copies its files."""
 
+    TEMPLATE: ClassVar[str] = "template_with_keys"
+
     def __init__(self, server: LocalPostgres, folder: Path) -> None:
         self.server = server
         self._folder = folder
 
-    def a_database(self) -> str:
-        """Create an empty database and return its URL."""
-        return self.server.create_database(f"place_{next(_numbers)}")
+    def a_database(self, template: str | None = None) -> str:
+        """Create a database, empty or as the template is, and return its URL."""
+        return self.server.create_database(f"place_{next(_numbers)}", template)
 
     def dump(self, url: str, *options: str) -> Path:
         """Dump a database into a file that pg_restore reads."""

@@ -23,6 +23,7 @@ from identity_service.accounts.api_keys.networks import is_within, parse_network
 from identity_service.accounts.api_keys.statements import ALIVE, HELD, Held
 from identity_service.infra.data_keys import DataKeys
 from identity_service.infra.database import Transaction
+from identity_service.infra.parts import in_parts
 from identity_service.infra.runtime import Clock, Secret
 from identity_service.infra.tables import api_keys, clients, users
 
@@ -223,6 +224,62 @@ class ApiKeys:
             update(api_keys).where(_of(owner), api_keys.c.revoked_at.is_(None)).values(revoked_at=self._clock.now())
         )
         return ended.rowcount
+
+    # -- after a restore ----------------------------------------------------------------------------------------------
+
+    async def suspend_all(
+        self, tx: Transaction, *, at: datetime, earlier: Collection[datetime], for_good: Collection[str]
+    ) -> int:
+        """
+        Suspend every live key as of the instant `at`, for nobody knows which were revoked in the time that is lost.
+
+        A suspended key is a revoked one whose instant is `at`: what knows nothing of restores refuses it as well.
+        Those that an earlier restore had suspended, at one of the instants `earlier`, stay so. Those that are known to
+        have ended, `for_good`, are revoked a moment before, and so never given back. Returns how many are suspended.
+        """
+        c = api_keys.c
+        unrevoked = or_(c.revoked_at.is_(None), c.revoked_at.in_(list(earlier)))
+        for key_id in for_good:
+            ended = update(api_keys).where(c.id == key_id, unrevoked)
+            await tx.execute(ended.values(revoked_at=at - timedelta(microseconds=1)))
+        suspended = 0
+        async for part in in_parts(tx, c.id):
+            live = (part, unrevoked, or_(c.expires_at.is_(None), c.expires_at > at))
+            suspended += (await tx.execute(update(api_keys).where(*live).values(revoked_at=at))).rowcount
+        return suspended
+
+    async def suspended(self, tx: Transaction, *, at: datetime, epoch: int) -> Sequence[ApiKey]:
+        """Return the keys that a restore has suspended and that can be given back, by their owners."""
+        found = await tx.execute(select(*_SHOWN).where(*self._can_return(at, epoch)))
+        return sorted(map(_key, found), key=lambda key: (str(key.owner), key.created_at, key.id))
+
+    async def give_back(
+        self, tx: Transaction, *, at: datetime, epoch: int, ids: Collection[str] | None = None, batch: int = 500
+    ) -> Sequence[ApiKey]:
+        """
+        Let suspended keys be good again, those of `ids` or the next few of all; return those that are.
+
+        `at` and `epoch` are the restore's. Whose epoch has moved on since, by another password, a disabled account, a
+        deleted one, gets none back: then a key that was live would have ended, or might have.
+        """
+        c = api_keys.c
+        chosen = select(c.id).where(*self._can_return(at, epoch)).order_by(c.id).limit(batch)
+        if ids is not None:
+            chosen = chosen.where(c.id.in_(list(ids)))
+        returned = await tx.execute(
+            update(api_keys)
+            .where(c.id.in_(chosen.scalar_subquery()), c.revoked_at == at)
+            .values(revoked_at=None)
+            .returning(*_SHOWN)
+        )
+        return [_key(row) for row in returned]
+
+    def _can_return(self, at: datetime, epoch: int) -> tuple[ColumnElement[bool], ...]:
+        c, u, o = api_keys.c, users.c, clients.c
+        of_user = select(u.id).where(u.id == c.user_id, u.epoch == epoch, u.enabled, u.deleted_at.is_(None)).exists()
+        of_client = select(o.id).where(o.id == c.client_id, o.epoch == epoch, o.enabled).exists()
+        unexpired = or_(c.expires_at.is_(None), c.expires_at > self._clock.now())
+        return c.revoked_at == at, unexpired, or_(of_user, of_client)
 
     # -- what is done without being asked -----------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from identity_service.accounts.clients.metadata import (
     demand,
 )
 from identity_service.infra.database import Transaction
+from identity_service.infra.parts import in_parts
 from identity_service.infra.runtime import Clock, Secret, new_id
 from identity_service.infra.runtime.cache import RowCache
 from identity_service.infra.runtime.ids import encode_token
@@ -147,6 +148,22 @@ class Clients:
         )
         self._cache.forget(client_id)
         return changed.first() is not None
+
+    async def leap(self, tx: Transaction, epoch: int) -> int:
+        """
+        End every session and every token of all clients by an epoch far ahead of all; return how many there are.
+
+        For a restored database; see `Users.leap`. Raises ValueError if a client's epoch is as far.
+        """
+        c = clients.c
+        if (await tx.execute(select(c.id).where(c.epoch >= epoch).limit(1))).first() is not None:
+            raise ValueError("a client's epoch has come as far already")
+        moved = 0
+        async for part in in_parts(tx, c.id):
+            changed = update(clients).where(part).values(epoch=epoch, epoch_at=self._clock.now())
+            moved += (await tx.execute(changed)).rowcount
+        self._cache.forget_all()
+        return moved
 
     async def update(self, tx: Transaction, client: Client, changes: Mapping[str, Any]) -> Client:
         """

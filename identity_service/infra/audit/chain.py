@@ -162,7 +162,7 @@ class AuditChain:
         return head
 
     def _fault(self, row: Row[Any], seq: int, mac: bytes) -> Fault | None:
-        if row.seq != seq + 1 and not self._seals.resumes(seq, mac, row):
+        if row.seq != seq + 1 and not self._seals.resumes(mac, row):
             return Fault(seq + 1, Wrong.MISSING, "there is no such row")
         if self._seals.holds(mac, row, seq=row.seq):
             return None

@@ -121,15 +121,14 @@ class Seals:
             return False
         return hmac.compare_digest(self.seal(previous, row, seq=seq, kid=row.mac_kid), row.mac)
 
-    def resumes(self, after: int, previous: bytes, row: Row[Any]) -> bool:
+    def resumes(self, previous: bytes, row: Row[Any]) -> bool:
         """
-        Return whether a row goes on behind places that a restore has lost, `after` being the last one that is left.
+        Return whether a row goes on behind places that a restore has lost, `previous` being the last seal that is left.
 
-        The row itself says which that is, under its seal: who can only write to the database cannot make one, nor use
-        an old one to hide that something else is missing.
+        Its own seal has that one in it, and its place: who can only write to the database cannot make such a row, nor
+        use an old one to hide that something else is missing.
         """
-        said = row.detail if isinstance(row.detail, dict) else {}
-        return row.event == RESTORED and said.get("after") == after and self.holds(previous, row, seq=row.seq)
+        return row.event == RESTORED and self.holds(previous, row, seq=row.seq)
 
     def prove_base(self, seq: int, mac: bytes, *, kid: str) -> bytes:
         """Return the proof that it was the service that removed everything up to `seq`."""

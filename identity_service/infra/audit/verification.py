@@ -93,7 +93,7 @@ class Verification:
             return True
         for row, follower in zip(rows[: self._page], [*rows[1:], None], strict=False):
             if row.seq != self.seq + 1:
-                if self._seals.resumes(self.seq, self.mac, row):
+                if self._seals.resumes(self.mac, row):
                     self._note_gap(row)
                 else:
                     return await self._gap(tx, _next_is(row.seq), Wrong.MISSING)
