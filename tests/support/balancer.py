@@ -62,6 +62,7 @@ class Balancer:
         self._heeds_readiness = heeds_readiness
         self._backends: dict[str, Backend] = {}
         self._connections: set[asyncio.Task[None]] = set()
+        self._open: set[asyncio.StreamWriter] = set()
         self._turn = 0
         self.port = 0
         """Where it listens, once it was entered."""
@@ -117,6 +118,8 @@ class Balancer:
         self._server.close()
         for name in tuple(self._backends):
             await self._forget(name)
+        for writer in tuple(self._open):
+            writer.transport.abort()
         for task in tuple(self._connections):
             task.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
@@ -156,6 +159,7 @@ class Balancer:
     # -- handing on -----------------------------------------------------------------------------------------------
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._open.add(writer)
         task = self._loop.create_task(self._serve(reader, writer))
         self._connections.add(task)
         task.add_done_callback(self._connections.discard)
@@ -164,30 +168,41 @@ class Balancer:
         backend = self._next()
         if backend is None:
             self.turned_away += 1
-            _reset(client)
+            await self._end(client, reset=True)
             return
         try:
             answers, server = await asyncio.open_connection(_HOST, backend.port)
         except OSError:
             backend.refused += 1
-            _reset(client)
+            await self._end(client, reset=True)
             return
+        self._open.add(server)
         backend.served += 1
         ways = [
             self._loop.create_task(_carry(requests, server)),
             self._loop.create_task(_carry(answers, client)),
         ]
+        cut_off = False
         try:
             await asyncio.gather(*ways)
-        except OSError:  # one side was cut off; so is the other
-            _reset(client)
-            _reset(server)
+        except OSError:  # one side was; so is the other
+            cut_off = True
         finally:
             for way in ways:
                 way.cancel()
             await asyncio.gather(*ways, return_exceptions=True)
-            client.close()
-            server.close()
+            for writer in (client, server):
+                await self._end(writer, reset=cut_off)
+
+    async def _end(self, writer: asyncio.StreamWriter, *, reset: bool) -> None:
+        """End a connection, in good order or with RST; return when it is closed."""
+        with contextlib.suppress(OSError):  # it is closed already
+            if reset:
+                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+                writer.transport.abort()
+            writer.close()
+            await writer.wait_closed()
+        self._open.discard(writer)
 
     def _next(self) -> Backend | None:
         """Return whose turn it is among those that are ready."""
@@ -205,10 +220,3 @@ async def _carry(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> No
         await sink.drain()
     if not sink.is_closing() and sink.can_write_eof():
         sink.write_eof()
-
-
-def _reset(writer: asyncio.StreamWriter) -> None:
-    """End a connection with RST."""
-    with contextlib.suppress(OSError):  # it is closed already
-        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-    writer.transport.abort()

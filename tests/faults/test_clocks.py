@@ -1,0 +1,70 @@
+"""Replicas whose machines' clocks are wrong, or are set while they serve, live in PostgreSQL's time all the same."""
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from tests.faults.asking import connected
+from tests.faults.crowd import Crowd, at_work
+from tests.faults.invariants import one_live_token_each, told_and_stored
+from tests.faults.stage import Replica, Stage
+from tests.faults.wrong_clock import PROGRAM
+from tests.rotation.clock import Page
+from tests.support.service import Registered
+from tests.support.tokens import parts_of
+
+LIFE = 600  # seconds; what a token's may be cut short by is a twentieth
+SETTLED = 1.0  # seconds in which nothing may be felt of a jump
+
+
+async def issued(http: httpx2.AsyncClient, replica: Replica, machine: Registered) -> dict[str, Any]:
+    """Return the claims of a new token."""
+    answer = await http.post(f"{replica.url}/token", data={"grant_type": "client_credentials", **machine.form})
+    assert answer.status_code == 200, answer.text
+    return parts_of(answer.json()["access_token"])[1]
+
+
+async def tells_the_right_time(stage: Stage, crowd: Crowd, *, lasting: float = SETTLED) -> None:
+    """Ask both replicas for tokens for a while: each is of now, and lives as long as it should."""
+    over = time.monotonic() + lasting
+    async with connected() as http:
+        while time.monotonic() < over:
+            for replica in stage.replicas:
+                before = time.time()
+                claims = await issued(http, replica, crowd.clients.machine)
+                assert before - 5 <= claims["iat"] <= time.time() + 5, replica.name
+                assert LIFE * 0.95 <= claims["exp"] - claims["iat"] <= LIFE
+            await asyncio.sleep(0.02)
+
+
+@pytest.mark.case("OPS-15")
+async def test_nobody_notices_that_the_clocks_are_four_minutes_apart(stage: Stage, tmp_path: Path) -> None:
+    """
+    One machine is two minutes ahead and the other behind; then each is set, by seconds and by an hour, back and forth.
+
+    Everybody goes on meanwhile, at either replica. A jump is felt at no time, also before anybody has asked PostgreSQL.
+    """
+    clocks = [Page.create(tmp_path / replica.name) for replica in stage.replicas]
+    for replica, clock, wrong in zip(stage.replicas, clocks, (120.0, -120.0), strict=True):
+        clock.numbers[0] = wrong
+        replica.kill()
+    await asyncio.to_thread(
+        stage.together, lambda replica: replica.start(PROGRAM.format(str(tmp_path / replica.name)), key_poll="5")
+    )
+    async with at_work(stage) as crowd:
+        await crowd.busy(20)
+        await tells_the_right_time(stage, crowd)
+        for here, there in ((3600.0, -3600.0), (-3600.0, 3600.0), (1.0, 0.0)):
+            clocks[0].numbers[0], clocks[1].numbers[0] = here, there
+            await tells_the_right_time(stage, crowd)
+            await crowd.busy(10)
+        await crowd.stop()
+        assert await told_and_stored(stage, crowd) == []
+        assert await one_live_token_each(stage, crowd) == []
+    for replica in stage.replicas:
+        replica.kill()
+    await asyncio.to_thread(stage.together, lambda replica: replica.start())

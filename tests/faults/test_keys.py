@@ -1,0 +1,34 @@
+"""Signing keys rotate again and again at two replicas, one of which is killed: the JWKS lacks no key at any time."""
+
+import asyncio
+
+import pytest
+
+from tests.faults.crowd import at_work
+from tests.faults.invariants import one_live_token_each, told_and_stored
+from tests.faults.stage import Stage
+from tests.faults.troubles import keys_rotate, replica_is_killed
+
+ROTATIONS = 8
+
+
+@pytest.mark.case("OPS-13")
+@pytest.mark.case("OPS-14")
+async def test_the_jwks_lacks_no_key_that_signs_or_has_signed(stage: Stage) -> None:
+    """
+    Every replica's is looked at every ten milliseconds, against the keys of all tokens that anybody was given.
+
+    `make prove-rotation` does so with the real waiting times, in accelerated time, and with a compromise.
+    """
+    async with at_work(stage, people=3, machines=2, looks_every=0.01) as crowd:
+        await crowd.busy(10)
+        before = len(crowd.ledger.kids)
+        for _ in range(2):
+            await asyncio.gather(keys_rotate(stage, crowd.ledger, rotations=ROTATIONS // 2), crowd.busy(10))
+            await replica_is_killed(stage, crowd.ledger)
+        await crowd.busy(10)
+        await crowd.stop()
+        assert len(crowd.ledger.kids) >= before + ROTATIONS // 2
+        assert crowd.ledger.count("jwks", status=200) > 200
+        assert await told_and_stored(stage, crowd) == []
+        assert await one_live_token_each(stage, crowd) == []
