@@ -11,11 +11,13 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final, Self, final
+from typing import Any, Final, Self, final
 
 from tests.deploy.site import Document, dig
 from tests.support.servers import free_port
 from tests.support.tools import tool
+
+Answer = tuple[int, dict[str, str], bytes]
 
 _PATIENCE: Final = 20.0
 _TEMPORARY: Final = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
@@ -86,6 +88,23 @@ def _locations(
         yield f"location {path.rstrip('/')}/ {inside}"
 
 
+def ask(
+    port: int, host: str, path: str, *, method: str = "GET", headers: Mapping[str, str] | None = None, body: bytes = b""
+) -> Answer:
+    """Send one request with the path as it is; return status, headers and body."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE)
+    try:
+        connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
+        given = {"Host": host, **(headers or {}), **({"Content-Length": str(len(body))} if body else {})}
+        for name, value in given.items():
+            connection.putheader(name, value)
+        connection.endheaders(body)
+        answer = connection.getresponse()
+        return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
+    finally:
+        connection.close()
+
+
 @final
 class Nginx:
     """A running nginx; leave it with a `with` block."""
@@ -112,21 +131,9 @@ class Nginx:
             self.close()
             raise
 
-    def ask(
-        self, host: str, path: str, *, method: str = "GET", headers: Mapping[str, str] | None = None, body: bytes = b""
-    ) -> tuple[int, dict[str, str], bytes]:
-        """Send one request with the path as it is; return status, headers and body."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=_PATIENCE)
-        try:
-            connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
-            given = {"Host": host, **(headers or {}), **({"Content-Length": str(len(body))} if body else {})}
-            for name, value in given.items():
-                connection.putheader(name, value)
-            connection.endheaders(body)
-            answer = connection.getresponse()
-            return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
-        finally:
-            connection.close()
+    def ask(self, host: str, path: str, **request: Any) -> Answer:
+        """Send it one request, as `ask` does."""
+        return ask(self.port, host, path, **request)
 
     def close(self) -> None:
         """End it and wait for that."""

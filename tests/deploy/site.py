@@ -284,9 +284,10 @@ def pod_of(workload: Document, environment: str) -> Pod:
 
 
 def selects(selector: Mapping[str, Any] | None, labels: Mapping[str, str]) -> bool:
-    """Return whether a selector by labels picks a pod; an empty selector picks every one."""
-    wanted = (selector or {}).get("matchLabels", {} if selector is not None and not selector else selector) or {}
-    return all(labels.get(name) == value for name, value in wanted.items())
+    """Return whether a selector picks a pod: an empty one every pod, one that says more than labels none."""
+    wanted = dict(selector or {})
+    matching = wanted.pop("matchLabels", None) or {}
+    return not wanted and matching.items() <= labels.items()
 
 
 def unit(text: str) -> dict[str, list[str]]:

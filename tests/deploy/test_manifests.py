@@ -1,5 +1,6 @@
 """What is in deploy/ is well-formed, and what is rendered is what it was rendered from; no network is needed for it."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,15 @@ def test_every_kustomization_is_whole() -> None:
             assert (path.parent / name).exists(), f"{path}: {name}"
         beside = {entry.name for entry in path.parent.iterdir() if entry.is_file()} - {"kustomization.yaml"}
         assert beside <= set(named), path
+
+
+def test_what_the_readme_names_is_there() -> None:
+    """Paths of this repository, in the text and in the commands."""
+    text = (DEPLOY / "README.md").read_text("utf-8")
+    named = set(re.findall(r"(?:deploy|tests|requirements)/[\w./-]*\w", text))
+    named |= {f"deploy/kubernetes/{path}" for path in re.findall(r"`((?:overlays|components)/[\w./-]*\w)", text)}
+    assert len(named) > 10
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
 
 
 def test_nobody_changed_a_source_or_a_rendering_by_hand() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from tests.deploy.promises import promise
 from tests.deploy.site import SERVER, Document, Site, dig, drop, put, selects
 
+CASES = ("DEP-10",)
 _MIB = 2**20
 _IDLE = 160 * _MIB  # of a replica that has served for a while, password hashing apart
 _UNITS = {"Ki": 2**10, "Mi": _MIB, "Gi": 2**30}

@@ -7,6 +7,7 @@ from tests.deploy.promises import promise
 from tests.deploy.promises.routes import ingress, public, routes
 from tests.deploy.site import Site, dig, drop, put
 
+CASES = ("DEP-11",)
 CLAIMS = frozenset(
     [
         "forwarded",

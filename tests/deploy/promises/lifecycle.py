@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from tests.deploy.promises import promise
 from tests.deploy.site import Document, Site, dig, drop, put
 
+CASES = ("OPS-20",)
 _PROBES = ("startupProbe", "livenessProbe", "readinessProbe")
 _CLOSING = 10  # seconds that the server has left when the drain is over
 _DEFAULTS = {"periodSeconds": 10, "timeoutSeconds": 1, "failureThreshold": 3, "successThreshold": 1}

@@ -9,6 +9,10 @@ from tests.deploy.promises import promise
 from tests.deploy.site import MIGRATION, SERVER, Document, Pod, Site, dig, drop, put, selects
 
 _DNS = {("UDP", 53), ("TCP", 53)}
+_RESOLVER = {
+    "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}},
+    "podSelector": {"matchLabels": {"k8s-app": "kube-dns"}},
+}
 _PROMETHEUS = {
     "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}},
     "podSelector": {"matchLabels": {"app.kubernetes.io/name": "prometheus"}},
@@ -17,6 +21,16 @@ _PROMETHEUS = {
 
 def _policies(among: list[Document]) -> list[Document]:
     return [found for found in among if found["kind"] == "NetworkPolicy"]
+
+
+def _policy(site: Site, name: str, among: list[Document] | None = None) -> Document:
+    return site.find("NetworkPolicy", f"identity-service-{name}", among)
+
+
+def _way(site: Site, name: str, among: list[Document] | None = None) -> Any:
+    """Return the one rule of a policy."""
+    spec = _policy(site, name, among)["spec"]
+    return (spec.get("ingress") or spec["egress"])[0]
 
 
 def _everywhere(site: Site) -> tuple[list[Document], ...]:
@@ -114,14 +128,11 @@ def every_opening_names_its_peer_and_its_port(site: Site) -> Iterator[str]:
 
 every_opening_names_its_peer_and_its_port.broken_by(
     "PostgreSQL may be anywhere",
-    lambda site: put(
-        site.find("NetworkPolicy", "identity-service-to-postgresql"),
-        "spec", "egress", 0, "to", 0, "ipBlock", "cidr", value="0.0.0.0/0",
-    ),
-)  # fmt: skip
+    lambda site: put(_way(site, "to-postgresql"), "to", 0, "ipBlock", "cidr", value="0.0.0.0/0"),
+)
 every_opening_names_its_peer_and_its_port.broken_by(
     "any port of the gateway's choice",
-    lambda site: drop(site.find("NetworkPolicy", "identity-service-from-gateway"), "spec", "ingress", 0, "ports"),
+    lambda site: drop(_way(site, "from-gateway"), "ports"),
 )
 
 
@@ -141,15 +152,11 @@ def only_prometheus_comes_to_the_management_port(site: Site) -> Iterator[str]:
 
 only_prometheus_comes_to_the_management_port.broken_by(
     "every pod of the monitoring may come",
-    lambda site: drop(
-        site.find("NetworkPolicy", "identity-service-from-prometheus"), "spec", "ingress", 0, "from", 0, "podSelector"
-    ),
+    lambda site: drop(_way(site, "from-prometheus"), "from", 0, "podSelector"),
 )
 only_prometheus_comes_to_the_management_port.broken_by(
     "the gateway may come, too",
-    lambda site: site.find("NetworkPolicy", "identity-service-from-gateway")["spec"]["ingress"][0]["ports"].append(
-        {"protocol": "TCP", "port": 9000}
-    ),
+    lambda site: _way(site, "from-gateway")["ports"].append({"protocol": "TCP", "port": 9000}),
 )
 
 
@@ -169,13 +176,11 @@ def only_a_proxy_comes_to_the_public_port(site: Site) -> Iterator[str]:
 
 only_a_proxy_comes_to_the_public_port.broken_by(
     "every pod of the namespace may come",
-    lambda site: site.find("NetworkPolicy", "identity-service-from-gateway")["spec"]["ingress"][0]["from"].append(
-        {"podSelector": {}}
-    ),
+    lambda site: _way(site, "from-gateway")["from"].append({"podSelector": {}}),
 )
 only_a_proxy_comes_to_the_public_port.broken_by(
     "the Ingress controller cannot come",
-    lambda site: site.ingress.remove(site.find("NetworkPolicy", "identity-service-from-ingress", site.ingress)),
+    lambda site: site.ingress.remove(_policy(site, "from-ingress", site.ingress)),
 )
 
 
@@ -183,9 +188,8 @@ only_a_proxy_comes_to_the_public_port.broken_by(
 def the_server_goes_out_to_what_its_settings_name_and_nowhere_else(site: Site) -> Iterator[str]:
     """DNS; PostgreSQL and Redis at the ports of the examples' addresses; the mail server at the port of the setting."""
     addresses = {found["metadata"]["name"]: dig(found, "stringData", "url", default="") for found in site.examples}
-    ports = {int(number) for name in ("identity-database", "identity-redis")
-             for number in re.findall(r":(\d+)/", addresses.get(name, ""))}  # fmt: skip
-    wanted = _DNS | {("TCP", port) for port in (*ports, int(site.setting("IDENTITY_SMTP_PORT")))}
+    ports = re.findall(r":(\d+)/", f"{addresses.get('identity-database')} {addresses.get('identity-redis')}")
+    wanted = _DNS | {("TCP", int(port)) for port in (*ports, site.setting("IDENTITY_SMTP_PORT"))}
     found = _openings(site, site.production, "egress", site.pod)
     if found != wanted:
         yield f"{sorted(found)} are open, {sorted(wanted)} are needed"
@@ -196,11 +200,11 @@ the_server_goes_out_to_what_its_settings_name_and_nowhere_else.broken_by(
 )
 the_server_goes_out_to_what_its_settings_name_and_nowhere_else.broken_by(
     "nobody lets the server to Redis",
-    lambda site: site.production.remove(site.find("NetworkPolicy", "identity-service-to-redis")),
+    lambda site: site.production.remove(_policy(site, "to-redis")),
 )
 the_server_goes_out_to_what_its_settings_name_and_nowhere_else.broken_by(
     "the server may fetch from the network's instances",
-    lambda site: site.find("NetworkPolicy", "identity-service-to-redis")["spec"]["egress"].append(
+    lambda site: _policy(site, "to-redis")["spec"]["egress"].append(
         {"to": [{"ipBlock": {"cidr": "192.0.2.0/28"}}], "ports": [{"protocol": "TCP", "port": 443}]}
     ),
 )
@@ -218,16 +222,11 @@ def the_migration_goes_out_to_postgresql_and_nowhere_else(site: Site) -> Iterato
 
 the_migration_goes_out_to_postgresql_and_nowhere_else.broken_by(
     "the server's way to Redis is the migration's, too",
-    lambda site: drop(
-        site.find("NetworkPolicy", "identity-service-to-redis"),
-        "spec", "podSelector", "matchLabels", "app.kubernetes.io/component",
-    ),
-)  # fmt: skip
+    lambda site: drop(_policy(site, "to-redis"), "spec", "podSelector", "matchLabels", "app.kubernetes.io/component"),
+)
 the_migration_goes_out_to_postgresql_and_nowhere_else.broken_by(
     "the migration asks DNS by UDP only",
-    lambda site: drop(
-        site.find("NetworkPolicy", "identity-service-migrate-to-dns", site.migrate), "spec", "egress", 0, "ports", 1
-    ),
+    lambda site: drop(_way(site, "migrate-to-dns", site.migrate), "ports", 1),
 )
 
 
@@ -238,39 +237,33 @@ def names_are_asked_of_the_cluster_s_own_resolver(site: Site) -> Iterator[str]:
         for name, rule in _rules(among, "egress", pod):
             if any(opening.get("port") == 53 for opening in rule.get("ports") or []):
                 for peer in rule.get("to") or []:
-                    if dig(peer, "podSelector", "matchLabels") != {"k8s-app": "kube-dns"} or dig(
-                        peer, "namespaceSelector", "matchLabels"
-                    ) != {"kubernetes.io/metadata.name": "kube-system"}:
+                    if peer != _RESOLVER:
                         yield f"{name}: {peer}"
 
 
 names_are_asked_of_the_cluster_s_own_resolver.broken_by(
     "any pod may be asked for names",
-    lambda site: drop(
-        site.find("NetworkPolicy", "identity-service-to-dns"), "spec", "egress", 0, "to", 0, "podSelector"
-    ),
+    lambda site: drop(_way(site, "to-dns"), "to", 0, "podSelector"),
 )
 
 
 @promise
 def server_and_migration_go_to_the_same_database(site: Site) -> Iterator[str]:
     """Whoever moves it and forgets one of the two finds out in the middle of a rollout."""
-    peers = [
-        [peer for _, rule in _rules(among, "egress", pod) for peer in rule.get("to") or []
-         if any(opening.get("port") == 5432 for opening in rule.get("ports") or [])]
+    server, migration = (
+        [rule.get("to") for _, rule in _rules(among, "egress", pod) if "5432" in str(rule.get("ports"))]
         for among, pod in ((site.production, site.pod), (site.migrate, site.migration_pod))
-    ]  # fmt: skip
-    if peers[0] != peers[1]:
-        yield f"{peers}"
+    )
+    if server != migration:
+        yield f"{server}, {migration}"
 
 
 server_and_migration_go_to_the_same_database.broken_by(
     "the migration is let to another one",
     lambda site: put(
-        site.find("NetworkPolicy", "identity-service-migrate-to-postgresql", site.migrate),
-        "spec", "egress", 0, "to", 0, "ipBlock", "cidr", value="192.0.2.16/28",
+        _way(site, "migrate-to-postgresql", site.migrate), "to", 0, "ipBlock", "cidr", value="192.0.2.16/28"
     ),
-)  # fmt: skip
+)
 
 
 @promise
@@ -278,7 +271,7 @@ def the_gateway_that_routes_hang_on_may_come_in(site: Site) -> Iterator[str]:
     """Its namespace is named twice: where the routes hang, and where the way in is opened."""
     opened = {
         dig(peer, "namespaceSelector", "matchLabels", "kubernetes.io/metadata.name")
-        for rule in dig(site.find("NetworkPolicy", "identity-service-from-gateway"), "spec", "ingress", default=[])
+        for rule in dig(_policy(site, "from-gateway"), "spec", "ingress", default=[])
         for peer in rule.get("from") or []
     }
     for route in site.all("HTTPRoute"):
@@ -307,10 +300,11 @@ def every_policy_is_about_the_pods_that_it_means(site: Site) -> Iterator[str]:
 every_policy_is_about_the_pods_that_it_means.broken_by(
     "a policy for a pod that is called otherwise",
     lambda site: put(
-        site.find("NetworkPolicy", "identity-service-from-ingress", site.ingress),
-        "spec", "podSelector", "matchLabels", "app.kubernetes.io/name", value="identity",
+        _policy(site, "from-ingress", site.ingress),
+        *("spec", "podSelector", "matchLabels", "app.kubernetes.io/name"),
+        value="identity",
     ),
-)  # fmt: skip
+)
 
 
 @promise
@@ -330,5 +324,5 @@ every_policy_says_which_way_it_is_about.broken_by(
 )
 every_policy_says_which_way_it_is_about.broken_by(
     "the way to the mail server is about the way in",
-    lambda site: put(site.find("NetworkPolicy", "identity-service-to-smtp"), "spec", "policyTypes", value=["Ingress"]),
+    lambda site: put(_policy(site, "to-smtp"), "spec", "policyTypes", value=["Ingress"]),
 )

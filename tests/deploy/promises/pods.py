@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from tests.deploy.promises import promise
 from tests.deploy.site import Site, dig, drop, put
 
+CASES = ("DEP-01", "DEP-07")
 _USER = 10001
 _LEVEL = "pod-security.kubernetes.io/"
 _WRITABLE = ("/tmp", "Memory", "64Mi")  # noqa: S108

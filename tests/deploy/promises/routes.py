@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from tests.deploy.promises import promise
 from tests.deploy.site import Document, Site, dig, drop, put
 
+CASES = ("DEP-11",)
 NOWHERE = ("/v1/bootstrap", "/healthz", "/readyz", "/metrics")
 """Paths that no route leads to."""
 ADMIN = "/v1/admin"
