@@ -20,6 +20,7 @@ from identity_service.infra.telemetry.metrics import JOB_DONE, JOB_INTERVAL, JOB
 log = structlog.get_logger(__name__)
 
 _WATCHED_EVERY = 15.0  # seconds between two looks at how all the jobs stand
+_LONGEST_SLEEP = 60.0  # seconds between two looks at whether a job is due
 _MOST_BATCHES = 1000
 
 
@@ -57,10 +58,14 @@ async def run_once(db: Database, leases: Leases, job: LeasedJob) -> bool:
 
 
 async def run_for_ever(db: Database, leases: Leases, job: LeasedJob) -> None:
-    """Do a job whenever it is due; an outage of the database delays it, a fault of ours does not end it."""
+    """
+    Do a job whenever it is due; an outage of the database delays it, a fault of ours does not end it.
+
+    Whether it is due stands in the database, so that replicas which live shorter than a job's interval do it as well.
+    """
     JOB_INTERVAL.labels(job.name).set(job.every)
     while True:
-        await asyncio.sleep(job.every)
+        await asyncio.sleep(min(job.every, _LONGEST_SLEEP))
         try:
             if await run_once(db, leases, job):
                 JOB_RUNS.labels(job.name, "done").inc()

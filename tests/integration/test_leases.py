@@ -152,6 +152,28 @@ async def test_a_job_that_fails_gives_its_lease_back_and_stays_due(db: Database,
     assert len(runs) == 2
 
 
+async def test_a_replica_that_lives_shortly_does_what_is_due_seldom(
+    db: Database, clock: FrozenClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a service that is rolled out every hour would never do what is due every hour."""
+    monkeypatch.setattr("identity_service.main.leased_jobs._LONGEST_SLEEP", 0.01)
+    runs, done = 0, asyncio.Event()
+
+    async def step() -> None:
+        nonlocal runs
+        runs += 1
+        done.set()
+
+    loop = asyncio.create_task(run_for_ever(db, Leases(clock), LeasedJob("purge", 3600, 300, step)))
+    async with asyncio.timeout(20):
+        await done.wait()
+    await asyncio.sleep(0.2)
+    assert runs == 1, "and no more often than it is due"
+    loop.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await loop
+
+
 async def test_a_run_that_takes_too_long_is_ended_before_somebody_else_may_begin(
     db: Database, clock: FrozenClock
 ) -> None:
