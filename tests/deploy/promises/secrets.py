@@ -1,14 +1,12 @@
 """Secrets come by reference, each to who needs it; settings are settings that exist."""
 
-import os
 import re
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
-from identity_service.settings import Settings, UnsafeSettings, load_settings
+from identity_service.settings import UnsafeSettings
 from tests.deploy.promises import promise
-from tests.deploy.site import Document, Site, dig, drop, put
+from tests.deploy.site import Document, Site, dig, drop, put, settings_of
 
 _NAME = re.compile(r"IDENTITY_[A-Z0-9_]+")
 _MIGRATOR = "identity-database-migrator"
@@ -273,20 +271,11 @@ every_setting_that_is_written_about_exists.broken_by(
 )
 
 
-def _load(config: dict[str, str], **secrets: str) -> Settings:
-    """Read settings as a container with this environment would. Raises UnsafeSettings."""
-    environment = {**config, **{f"IDENTITY_{name.upper()}": value for name, value in secrets.items()}}
-    with mock.patch.dict(os.environ, environment, clear=True):
-        return load_settings()
-
-
 @promise
 def the_service_starts_with_the_settings_of_production(site: Site) -> Iterator[str]:
     """As production, with nothing relaxed."""
     try:
-        settings = _load(
-            site.config, database_url="postgresql+psycopg://u@h/d", redis_url="rediss://h", smtp_password="x"
-        )
+        settings = settings_of({**site.config, "IDENTITY_DATABASE_URL": "postgresql+psycopg://u@h/d"})
     except UnsafeSettings as error:
         yield str(error)
     else:
