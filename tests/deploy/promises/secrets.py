@@ -304,6 +304,40 @@ the_service_starts_with_the_settings_of_production.broken_by(
 )
 
 
+def _development(site: Site) -> dict[str, str]:
+    found: dict[str, str] = dig(site.all("ConfigMap", site.dev), 0, "data", default={})
+    return found
+
+
+@promise
+def the_development_cluster_needs_nothing_but_a_database(site: Site) -> Iterator[str]:
+    """One replica that tells it is for development, reached by plain http, with its mails where it may write."""
+    try:
+        settings = settings_of({**_development(site), "IDENTITY_DATABASE_URL": "postgresql+psycopg://u@h/d"})
+    except UnsafeSettings as error:
+        yield str(error)
+    else:
+        if settings.production or settings.public_issuer != f"http://127.0.0.1:{settings.port}":
+            yield f"{settings.environment} at {settings.public_issuer}"
+        if settings.mailbox is None or not settings.mailbox.is_relative_to("/tmp"):  # noqa: S108
+            yield f"mails go to {settings.mailbox}"
+    server = site.find("Deployment", "identity-service", site.dev)
+    if dig(server, "spec", "replicas") != 1 or site.all("HorizontalPodAutoscaler", site.dev):
+        yield f"{dig(server, 'spec', 'replicas')} replicas"
+    for variable in dig(server, "spec", "template", "spec", "containers", 0, "env", default=[]):
+        reference = dig(variable, "valueFrom", "secretKeyRef", default={})
+        if reference.get("name") != "identity-database" and reference.get("optional") is not True:
+            yield f"needs {reference}"
+
+
+the_development_cluster_needs_nothing_but_a_database.broken_by(
+    "mails are written where nothing can be", lambda site: drop(_development(site), "IDENTITY_DATA_DIR")
+)
+the_development_cluster_needs_nothing_but_a_database.broken_by(
+    "the development cluster takes itself for production", lambda site: drop(_development(site), "IDENTITY_ENVIRONMENT")
+)
+
+
 @promise
 def the_migration_is_told_of_its_database_only(site: Site) -> Iterator[str]:
     """It needs neither issuer nor master key, nor what looks at the schema the latter."""
