@@ -1,16 +1,18 @@
 """Everything that is in deploy/, as data, beside what the code says; a mutant is a copy in which one thing is wrong."""
 
 import copy
+import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
+from unittest import mock
 
 import yaml
 
 from identity_service.main import create_app
-from identity_service.settings import Settings
+from identity_service.settings import Settings, load_settings
 from identity_service.web import health
 from identity_service.web.documented import routes_of
 from identity_service.web.forms import LARGEST_BODY
@@ -288,6 +290,12 @@ def selects(selector: Mapping[str, Any] | None, labels: Mapping[str, str]) -> bo
     wanted = dict(selector or {})
     matching = wanted.pop("matchLabels", None) or {}
     return not wanted and matching.items() <= labels.items()
+
+
+def settings_of(environment: Mapping[str, str]) -> Settings:
+    """Return the settings of a process with this environment and no other. Raises UnsafeSettings."""
+    with mock.patch.dict(os.environ, environment, clear=True):
+        return load_settings()
 
 
 def unit(text: str) -> dict[str, list[str]]:

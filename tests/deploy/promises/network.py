@@ -13,6 +13,11 @@ _RESOLVER = {
     "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}},
     "podSelector": {"matchLabels": {"k8s-app": "kube-dns"}},
 }
+_GATEWAY = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "gateway"}}}
+_CONTROLLER = {
+    "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "nginx-ingress"}},
+    "podSelector": {"matchLabels": {"app.kubernetes.io/name": "nginx-ingress"}},
+}
 _PROMETHEUS = {
     "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}},
     "podSelector": {"matchLabels": {"app.kubernetes.io/name": "prometheus"}},
@@ -163,15 +168,15 @@ only_prometheus_comes_to_the_management_port.broken_by(
 @promise
 def only_a_proxy_comes_to_the_public_port(site: Site) -> Iterator[str]:
     """The gateway's namespace, or the Ingress controller's, whose X-Forwarded-For is believed."""
-    for among, wanted in ((site.production, "gateway"), (site.with_ingress(), "nginx-ingress")):
-        namespaces = [
-            dig(peer, "namespaceSelector", "matchLabels", "kubernetes.io/metadata.name")
+    for among, wanted in ((site.production, _GATEWAY), (site.with_ingress(), _CONTROLLER)):
+        peers = [
+            peer
             for _, rule in _rules(among, "ingress", site.pod)
             if any(_port(site, opening.get("port", 0)) == _port(site, "http") for opening in rule.get("ports") or [])
             for peer in rule.get("from") or []
         ]
-        if namespaces != [wanted]:
-            yield f"{wanted}: {namespaces}"
+        if peers != [wanted]:
+            yield f"{peers}"
 
 
 only_a_proxy_comes_to_the_public_port.broken_by(

@@ -12,6 +12,7 @@ from tests.deploy.site import Document, Site, dig, drop, put
 CASES = ("DEP-11",)
 NOWHERE = ("/v1/bootstrap", "/healthz", "/readyz", "/metrics")
 """Paths that no route leads to."""
+_PART = "nginx.org/mergeable-ingress-type"
 ADMIN = "/v1/admin"
 """What is only at the operators' host."""
 
@@ -47,6 +48,8 @@ def routes(site: Site) -> Iterator[Route]:
     for found in site.all("Ingress", site.ingress):
         for rule in dig(found, "spec", "rules", default=[]):
             for path in dig(rule, "http", "paths", default=[]):
+                if path["pathType"] not in ("Exact", "Prefix"):
+                    continue  # what the others mean is the controller's to say
                 service = dig(path, "backend", "service", default={})
                 port = dig(service, "port", "name", default=dig(service, "port", "number"))
                 exact = path["pathType"] == "Exact"
@@ -233,4 +236,33 @@ def both_kinds_of_routes_say_the_same(site: Site) -> Iterator[str]:
 both_kinds_of_routes_say_the_same.broken_by(
     "a prefix in one is a path in the other",
     lambda site: put(_paths(site), 2, "pathType", value="Prefix"),
+)
+
+
+@promise
+def the_public_ingresses_are_parts_of_one_host(site: Site) -> Iterator[str]:
+    """A master with the certificate and no path, and two minions with the paths, all of one controller."""
+    found = {
+        each["metadata"]["name"]: (
+            dig(each, "metadata", "annotations", _PART),
+            dig(each, "spec", "ingressClassName"),
+            [rule.get("host") for rule in dig(each, "spec", "rules", default=[])],
+            "tls" in each["spec"],
+        )
+        for each in site.all("Ingress", site.ingress)
+    }
+    [host] = dig(ingress(site, "identity-service"), "spec", "tls", 0, "hosts", default=[None])
+    wanted = {
+        "identity-service": ("master", "nginx", [host], True),
+        "identity-service-public": ("minion", "nginx", [host], False),
+        "identity-service-discovery": ("minion", "nginx", [host], False),
+    }
+    admin = found.pop("identity-service-admin", (None,))
+    if found != wanted or admin[0] is not None:
+        yield f"{found} {admin}"
+
+
+the_public_ingresses_are_parts_of_one_host.broken_by(
+    "two Ingresses claim the host",
+    lambda site: drop(ingress(site, "identity-service-discovery"), "metadata", "annotations", _PART),
 )

@@ -1,14 +1,12 @@
 """Secrets come by reference, each to who needs it; settings are settings that exist."""
 
-import os
 import re
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
-from identity_service.settings import Settings, UnsafeSettings, load_settings
+from identity_service.settings import UnsafeSettings
 from tests.deploy.promises import promise
-from tests.deploy.site import Document, Site, dig, drop, put
+from tests.deploy.site import Document, Site, dig, drop, put, settings_of
 
 _NAME = re.compile(r"IDENTITY_[A-Z0-9_]+")
 _MIGRATOR = "identity-database-migrator"
@@ -273,20 +271,11 @@ every_setting_that_is_written_about_exists.broken_by(
 )
 
 
-def _load(config: dict[str, str], **secrets: str) -> Settings:
-    """Read settings as a container with this environment would. Raises UnsafeSettings."""
-    environment = {**config, **{f"IDENTITY_{name.upper()}": value for name, value in secrets.items()}}
-    with mock.patch.dict(os.environ, environment, clear=True):
-        return load_settings()
-
-
 @promise
 def the_service_starts_with_the_settings_of_production(site: Site) -> Iterator[str]:
     """As production, with nothing relaxed."""
     try:
-        settings = _load(
-            site.config, database_url="postgresql+psycopg://u@h/d", redis_url="rediss://h", smtp_password="x"
-        )
+        settings = settings_of({**site.config, "IDENTITY_DATABASE_URL": "postgresql+psycopg://u@h/d"})
     except UnsafeSettings as error:
         yield str(error)
     else:
@@ -312,6 +301,40 @@ the_service_starts_with_the_settings_of_production.broken_by(
 )
 the_service_starts_with_the_settings_of_production.broken_by(
     "no proxy is trusted", lambda site: drop(site.config, "IDENTITY_TRUSTED_PROXIES")
+)
+
+
+def _development(site: Site) -> dict[str, str]:
+    found: dict[str, str] = dig(site.all("ConfigMap", site.dev), 0, "data", default={})
+    return found
+
+
+@promise
+def the_development_cluster_needs_nothing_but_a_database(site: Site) -> Iterator[str]:
+    """One replica that tells it is for development, reached by plain http, with its mails where it may write."""
+    try:
+        settings = settings_of({**_development(site), "IDENTITY_DATABASE_URL": "postgresql+psycopg://u@h/d"})
+    except UnsafeSettings as error:
+        yield str(error)
+    else:
+        if settings.production or settings.public_issuer != f"http://127.0.0.1:{settings.port}":
+            yield f"{settings.environment} at {settings.public_issuer}"
+        if settings.mailbox is None or not settings.mailbox.is_relative_to("/tmp"):  # noqa: S108
+            yield f"mails go to {settings.mailbox}"
+    server = site.find("Deployment", "identity-service", site.dev)
+    if dig(server, "spec", "replicas") != 1 or site.all("HorizontalPodAutoscaler", site.dev):
+        yield f"{dig(server, 'spec', 'replicas')} replicas"
+    for variable in dig(server, "spec", "template", "spec", "containers", 0, "env", default=[]):
+        reference = dig(variable, "valueFrom", "secretKeyRef", default={})
+        if reference.get("name") != "identity-database" and reference.get("optional") is not True:
+            yield f"needs {reference}"
+
+
+the_development_cluster_needs_nothing_but_a_database.broken_by(
+    "mails are written where nothing can be", lambda site: drop(_development(site), "IDENTITY_DATA_DIR")
+)
+the_development_cluster_needs_nothing_but_a_database.broken_by(
+    "the development cluster takes itself for production", lambda site: drop(_development(site), "IDENTITY_ENVIRONMENT")
 )
 
 

@@ -1,49 +1,18 @@
-"""One machine: the same restrictions under compose and under systemd."""
+"""One machine under compose: the restrictions of the cluster, and everything in its place."""
 
 import re
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
+from identity_service.settings import UnsafeSettings
 from tests.deploy.promises import promise
-from tests.deploy.site import Document, Site, drop, put
+from tests.deploy.site import Document, Site, drop, put, settings_of
 
 _OURS = ("migrate", "identity-service")
 _ONCE = ("migrate", "grants")
 _LOOPBACK = "127.0.0.1:"
 _CLOSING = 10  # seconds that a server has left when the drain is over
-
-_SWITCHES = frozenset(
-    [
-        "NoNewPrivileges",
-        "ProtectHome",
-        "PrivateTmp",
-        "PrivateDevices",
-        "PrivateUsers",
-        "PrivateIPC",
-        "ProtectClock",
-        "ProtectControlGroups",
-        "ProtectHostname",
-        "ProtectKernelLogs",
-        "ProtectKernelModules",
-        "ProtectKernelTunables",
-        "RemoveIPC",
-        "LockPersonality",
-        "MemoryDenyWriteExecute",
-        "RestrictNamespaces",
-        "RestrictRealtime",
-        "RestrictSUIDSGID",
-        "DynamicUser",
-    ]
-)
-_VALUES = {
-    "ProtectSystem": ["strict"],
-    "ProtectProc": ["invisible"],
-    "CapabilityBoundingSet": [""],
-    "AmbientCapabilities": [""],
-    "RestrictAddressFamilies": ["AF_INET AF_INET6 AF_UNIX"],
-    "SystemCallArchitectures": ["native"],
-    "UMask": ["0077"],
-}
 
 
 def _services(site: Site) -> dict[str, Document]:
@@ -58,9 +27,6 @@ def _ours(site: Site) -> Document:
 def _seconds(text: Any) -> int:
     match = re.fullmatch(r"(\d+)s?", str(text))
     return int(match[1]) if match else 0
-
-
-# -- compose ----------------------------------------------------------------------------------------------------------
 
 
 @promise
@@ -244,121 +210,122 @@ no_secret_is_in_the_compose_file.broken_by(
 )
 
 
-# -- systemd ----------------------------------------------------------------------------------------------------------
-
-
-def _server(site: Site) -> dict[str, list[str]]:
-    return site.units["identity-service.service"]
-
-
-def _migration(site: Site) -> dict[str, list[str]]:
-    return site.units["identity-service-migrate.service"]
-
-
 @promise
-def units_can_do_nothing_but_their_work(site: Site) -> Iterator[str]:
-    """Every restriction that the service does not notice is on."""
-    for name, directives in site.units.items():
-        for switch in sorted(_SWITCHES):
-            if directives.get(switch) != ["yes"]:
-                yield f"{name}: {switch}={directives.get(switch)}"
-        for directive, values in _VALUES.items():
-            if directives.get(directive) != values:
-                yield f"{name}: {directive}={directives.get(directive)}"
-        calls = directives.get("SystemCallFilter") or [""]
-        if calls[0] != "@system-service" or not any(each.startswith("~@privileged") for each in calls[1:]):
-            yield f"{name}: SystemCallFilter={calls}"
-        if "MemoryMax" not in directives or "TasksMax" not in directives:
-            yield f"{name}: not bounded"
-        if directives.keys() & {"User", "Group", "ReadWritePaths", "StateDirectory"}:
-            yield f"{name}: a place or a name of its own"
+def the_composed_service_starts_with_its_settings(site: Site) -> Iterator[str]:
+    """As a development server that is reached where its issuer says, and writes where it may."""
+    environment = {name: str(value) for name, value in _ours(site)["environment"].items()}
+    try:
+        settings = settings_of({**environment, "IDENTITY_DATABASE_URL": "postgresql+psycopg://u@postgres/identity"})
+    except UnsafeSettings as error:
+        yield str(error)
+        return
+    if settings.host != "0.0.0.0" or settings.management_address != ("127.0.0.1", 9000):  # noqa: S104
+        yield f"listens on {settings.host} and {settings.management_address}"
+    if _ours(site).get("ports") != [f"127.0.0.1:{urlsplit(settings.public_issuer).port}:{settings.port}"]:
+        yield f"{settings.public_issuer} is not at {_ours(site).get('ports')}"
+    if [str(settings.master_key_file)] != [f"/run/secrets/{name}" for name in _ours(site).get("secrets") or []]:
+        yield f"{settings.master_key_file} of {_ours(site).get('secrets')}"
+    if not settings.data_dir.is_relative_to("/tmp") or settings.registration != "open":  # noqa: S108
+        yield f"{settings.data_dir}, {settings.registration}"
 
 
-units_can_do_nothing_but_their_work.broken_by(
-    "the unit may write to the system", lambda site: put(_server(site), "ProtectSystem", value=["full"])
+the_composed_service_starts_with_its_settings.broken_by(
+    "production on plain http", lambda site: drop(_ours(site), "environment", "IDENTITY_ENVIRONMENT")
 )
-units_can_do_nothing_but_their_work.broken_by(
-    "the migration may gain privileges", lambda site: drop(_migration(site), "NoNewPrivileges")
+the_composed_service_starts_with_its_settings.broken_by(
+    "the issuer is at another port", lambda site: put(_ours(site), "ports", value=["127.0.0.1:8080:8000"])
+)
+the_composed_service_starts_with_its_settings.broken_by(
+    "the key is looked for elsewhere",
+    lambda site: put(_ours(site), "environment", "IDENTITY_MASTER_KEY_FILE", value="/etc/master.key"),
 )
 
 
 @promise
-def hashing_threads_may_still_step_back(site: Site) -> Iterator[str]:
-    """setpriority is among @resources: without it a busy password pool would slow every signature."""
-    if any("@resources" in each for each in _server(site).get("SystemCallFilter", [])):
-        yield f"{_server(site)['SystemCallFilter']}"
+def composed_services_reach_each_other(site: Site) -> Iterator[str]:
+    """By the names that their settings have, on a network that both are on; what is named is declared."""
+    environment = _ours(site)["environment"]
+    hosts = {urlsplit(environment.get("IDENTITY_REDIS_URL", "")).hostname, environment.get("IDENTITY_SMTP_HOST")}
+    for name, needed in (
+        ("identity-service", {*hosts, "postgres"}),
+        ("migrate", {"postgres"}),
+        ("grants", {"postgres"}),
+    ):
+        for other in needed:
+            shared = set(_services(site).get(other, {}).get("networks") or []) & set(_services(site)[name]["networks"])
+            if not shared:
+                yield f"{name} does not reach {other}"
+    for name, service in _services(site).items():
+        for kind in ("networks", "secrets"):
+            for each in set(service.get(kind) or []) - site.compose[kind].keys():
+                yield f"{name}: there is no {kind} {each}"
+        if service.get("ports") and "outside" not in service["networks"]:
+            yield f"{name}: nobody reaches its ports"
 
 
-hashing_threads_may_still_step_back.broken_by(
-    "the server may not change priorities", lambda site: _server(site)["SystemCallFilter"].append("~@resources")
+composed_services_reach_each_other.broken_by(
+    "Redis has another name", lambda site: site.compose["services"].update(valkey=_services(site).pop("redis"))
+)
+composed_services_reach_each_other.broken_by(
+    "the service is not on the inside", lambda site: put(_ours(site), "networks", value=["outside"])
 )
 
 
 @promise
-def the_unit_leaves_in_good_order(site: Site) -> Iterator[str]:
-    """Its own process is told, and has the time for its drain; systemd brings it back when it fails."""
-    environment = " ".join(_server(site).get("Environment", []))
-    drain = re.search(r"IDENTITY_SHUTDOWN_GRACE=(\d+)", environment)
-    if drain is None or _seconds((_server(site).get("TimeoutStopSec") or ["0"])[0]) < int(drain[1]) + _CLOSING:
-        yield f"TimeoutStopSec={_server(site).get('TimeoutStopSec')}"
-    if _server(site).get("Restart") != ["on-failure"] or _server(site).get("KillMode") != ["mixed"]:
-        yield f"Restart={_server(site).get('Restart')} KillMode={_server(site).get('KillMode')}"
+def the_composed_database_is_as_it_is_documented(site: Site) -> Iterator[str]:
+    """Its name, its connections, its roles, and passwords for them; what is mounted is there and cannot be changed."""
+    postgres = _services(site)["postgres"]
+    connections = re.search(r"`max_connections` of at least (\d+)", site.readme)
+    if connections is None or f"max_connections={connections[1]}" not in (postgres.get("command") or []):
+        yield f"{postgres.get('command')}"
+    if (postgres.get("environment") or {}).get("POSTGRES_DB") != "identity":
+        yield f"{postgres.get('environment')}"
+    mounted = {
+        target: source
+        for name in ("postgres", "grants")
+        for source, target, *mode in (entry.split(":") for entry in _services(site)[name].get("volumes") or [])
+        if mode == ["ro"]
+    }
+    if mounted != {
+        "/docker-entrypoint-initdb.d/10-roles.sql": "../postgresql/roles.sql",
+        "/docker-entrypoint-initdb.d/20-passwords.sh": "./passwords.sh",
+        "/grants.sql": "../postgresql/grants.sql",
+    }:
+        yield f"{mounted}"
+    if postgres.get("secrets") != ["postgres_password", "migrator_password", "service_password"]:
+        yield f"{postgres.get('secrets')}"
 
 
-the_unit_leaves_in_good_order.broken_by(
-    "ten seconds to leave", lambda site: put(_server(site), "TimeoutStopSec", value=["10"])
+the_composed_database_is_as_it_is_documented.broken_by(
+    "nobody makes the roles", lambda site: drop(_services(site), "postgres", "volumes", 1)
 )
-the_unit_leaves_in_good_order.broken_by("nobody brings it back", lambda site: drop(_server(site), "Restart"))
-
-
-@promise
-def the_unit_only_looks_at_the_schema(site: Site) -> Iterator[str]:
-    """Migrating is another unit, as another role, that nothing starts by itself."""
-    if _server(site).get("ExecStartPre") != ["/opt/identity-service/bin/identity-service migrate --check"]:
-        yield f"ExecStartPre={_server(site).get('ExecStartPre')}"
-    if _migration(site).get("Type") != ["oneshot"] or _migration(site).keys() & {"WantedBy", "RequiredBy"}:
-        yield "the migration starts by itself"
-    files = [unit.get("EnvironmentFile") for unit in (_server(site), _migration(site))]
-    if files != [["/etc/identity-service/service.env"], ["/etc/identity-service/migrate.env"]]:
-        yield f"{files}"
-
-
-the_unit_only_looks_at_the_schema.broken_by(
-    "every start migrates",
-    lambda site: put(_server(site), "ExecStartPre", value=["/opt/identity-service/bin/identity-service migrate"]),
-)
-the_unit_only_looks_at_the_schema.broken_by(
-    "both run as one role",
-    lambda site: put(_migration(site), "EnvironmentFile", value=["/etc/identity-service/service.env"]),
+the_composed_database_is_as_it_is_documented.broken_by(
+    "the database has fewer connections", lambda site: drop(_services(site), "postgres", "command")
 )
 
 
 @promise
-def the_unit_alone_is_shown_the_master_key(site: Site) -> Iterator[str]:
-    """As a credential, which no other process of the machine can read; the migration has none."""
-    if _server(site).get("LoadCredential") != ["master.keys:/etc/identity-service/master.keys"]:
-        yield f"LoadCredential={_server(site).get('LoadCredential')}"
-    if not any("IDENTITY_MASTER_KEY_FILE=%d/master.keys" in each for each in _server(site).get("Environment", [])):
-        yield f"{_server(site).get('Environment')}"
-    if "LoadCredential" in _migration(site):
-        yield "the migration is shown it, too"
+def the_composed_image_is_built_once(site: Site) -> Iterator[str]:
+    """From this checkout; the migration is of the version that serves."""
+    images = {_services(site)[name].get("image") for name in _OURS}
+    if len(images) != 1 or (_ours(site).get("build") or {}).get("context") != "../..":
+        yield f"{images} of {_ours(site).get('build')}"
 
 
-the_unit_alone_is_shown_the_master_key.broken_by(
-    "the key is a file that the unit must be let read", lambda site: drop(_server(site), "LoadCredential")
+the_composed_image_is_built_once.broken_by(
+    "compose migrates by another version",
+    lambda site: put(_services(site), "migrate", "image", value="identity-service:older"),
 )
 
 
 @promise
-def units_listen_on_the_loopback_only(site: Site) -> Iterator[str]:
-    """A proxy of the same machine ends TLS; probes and metrics are for this machine."""
-    environment = " ".join(_server(site).get("Environment", [])).split()
-    for name in ("IDENTITY_HOST", "IDENTITY_MANAGEMENT_HOST"):
-        if f"{name}=127.0.0.1" not in environment:
-            yield name
+def composed_services_come_back(site: Site) -> Iterator[str]:
+    """What goes on running does so after a crash; what runs once does not."""
+    for name, service in _services(site).items():
+        if service.get("restart") != (None if name in _ONCE else "unless-stopped"):
+            yield f"{name}: {service.get('restart')}"
 
 
-units_listen_on_the_loopback_only.broken_by(
-    "the unit is open to the network",
-    lambda site: _server(site)["Environment"].remove("IDENTITY_HOST=127.0.0.1 IDENTITY_PORT=8000"),
+composed_services_come_back.broken_by(
+    "the database stays down", lambda site: drop(_services(site), "postgres", "restart")
 )
