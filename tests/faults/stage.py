@@ -30,6 +30,7 @@ SETTINGS: Final[Mapping[str, str]] = {
     "database_pool_size": "5",
     "key_poll": "0.5",
     "shutdown_delay": "2",
+    "max_connections": "120",
     "hash_wait": "20",  # a busy machine is none of the faults that are meant here
     "smtp_host": "127.0.0.1",
     "smtp_security": "none",
@@ -180,11 +181,22 @@ class Replica:
 
 @final
 class Stage:
-    """Everything a fault needs to happen. Enter it with `with`; `own_postgres` takes `options` besides its own."""
+    """
+    Everything a fault needs to happen. Enter it with `with`.
 
-    def __init__(self, *, options: Mapping[str, str] | None = None, replicas: int = 2) -> None:
+    `options` are PostgreSQL's, besides those of all; `start` starts a replica in another way than `Replica.start`.
+    """
+
+    def __init__(
+        self,
+        *,
+        options: Mapping[str, str] | None = None,
+        replicas: int = 2,
+        start: Callable[[Replica], object] = Replica.start,
+    ) -> None:
         self._options = {**CRASHABLE, **(options or {})}
         self._number = replicas
+        self._start = start
         self._stack = ExitStack()
         self.replicas: tuple[Replica, ...] = ()
         self.spoiled = False
@@ -205,7 +217,7 @@ class Stage:
             )
             self._stack = stack.pop_all()
         try:
-            self.together(lambda replica: replica.start())
+            self.together(self._start)
         except BaseException:
             self._stack.close()
             raise

@@ -1,6 +1,5 @@
 """What is asked after every fault finds what is wrong: in the database, an answer, a log, the service itself."""
 
-import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -121,8 +120,9 @@ def nobody_seals(stage: Stage) -> Iterator[None]:
 
 async def test_a_breach_in_the_database_is_found_whichever_it_is(stage: Stage, subtests: pytest.Subtests) -> None:
     """Each is done and undone on a stage on which all is well otherwise."""
-    async with at_work(stage, habits={**HABITS, "end_key": 6, "revoke": 4}) as crowd:
-        await crowd.busy(150)
+    habits = {**HABITS, "make_key": 10, "end_key": 10, "revoke": 4}
+    async with at_work(stage, people=3, newcomers_every=None, habits=habits) as crowd:
+        await crowd.busy(80)
         await crowd.stop()
         with nobody_seals(stage):
             assert await told_and_stored(stage, crowd) == []
@@ -199,17 +199,19 @@ def test_in_a_storm_an_outage_is_fair_and_what_it_says_must_be_right() -> None:
     assert len(ledger.complaints) == 2
 
 
-@pytest.mark.parametrize("wrong", WRONGS)
-async def test_a_service_with_something_wrong_is_found_out(stage: Stage, wrong: str) -> None:
+@pytest.fixture(params=WRONGS)
+def broken(request: pytest.FixtureRequest) -> Iterator[Stage]:
+    """A stage with one replica, in which something is wrong."""
+    with Stage(replicas=1, start=lambda replica: replica.start(PROGRAM.format(request.param))) as stage:
+        yield stage
+
+
+async def test_a_service_with_something_wrong_is_found_out(broken: Stage) -> None:
     """Each of these passes as long as nothing breaks and nobody is disabled."""
-    stage.spoiled = True
-    for replica in stage.replicas:
-        replica.kill()
-    await asyncio.to_thread(stage.together, lambda replica: replica.start(PROGRAM.format(wrong)))
     habits = {"refresh_without_key": 4.0, "sign_in": 4.0, "revoke": 3.0, "be_disabled": 1.0}
-    async with at_work(stage, habits=habits, machines=0, newcomers_every=None, looks_every=None) as crowd:
+    async with at_work(broken, habits=habits, machines=0, newcomers_every=None, looks_every=None) as crowd:
         await crowd.busy(20)
-        await commits_are_cut_off(stage, crowd.ledger)
+        await commits_are_cut_off(broken, crowd.ledger)
         await crowd.busy(20)
         await crowd.stop()
-        assert await told_and_stored(stage, crowd) != []
+        assert await told_and_stored(broken, crowd) != []

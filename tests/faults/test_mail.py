@@ -3,9 +3,12 @@
 import asyncio
 import secrets
 import time
+from collections.abc import Sequence
 
+import psycopg
 import pytest
 
+from identity_service.accounts.users import User
 from tests.faults.asking import connected
 from tests.faults.crowd import at_work
 from tests.faults.invariants import told_and_stored
@@ -18,7 +21,7 @@ SOON = 5.0  # seconds; a mail server is given thirty
 
 @pytest.mark.case("OPS-27")
 async def test_a_silent_mail_server_is_felt_by_nobody_and_loses_no_mail(stage: Stage) -> None:
-    """Resets are accepted in normal time, both replicas leave in time, and the next ones send what was ordered."""
+    """Resets are accepted in normal time, a replica leaves in time, and whoever is there sends what was ordered."""
     async with at_work(stage, people=2, newcomers_every=None) as crowd, connected() as http:
         users = [await crowd.hands.a_user(f"m{secrets.token_hex(6)}") for _ in range(PEOPLE)]
         stage.post.network.blackhole()
@@ -41,12 +44,20 @@ async def test_a_silent_mail_server_is_felt_by_nobody_and_loses_no_mail(stage: S
 
             await until(claimed, "somebody tries to send")
             await crowd.stop()
-            assert await asyncio.gather(*(asyncio.to_thread(replica.leave) for replica in stage.replicas)) == [0, 0]
+            leaver = stage.replicas[0]
+            assert await asyncio.to_thread(leaver.leave) == 0
+            stage.post.network.cut()
             stage.post.network.heal()
-            connection.execute("UPDATE outbox SET next_attempt_at = now()")
-        await asyncio.to_thread(stage.together, lambda replica: replica.start())
-        await until(lambda: {user.email for user in users} <= recipients(stage), "every mail has come")
+            await until(lambda: hasten(connection, users) == 0, "every mail has gone", patience=60)
+        assert {user.email for user in users} <= recipients(stage)
+        await asyncio.to_thread(leaver.start)
         assert await told_and_stored(stage, crowd) == []
+
+
+def hasten(connection: psycopg.Connection, users: Sequence[User]) -> int:
+    """Let mails that were tried in vain be due now, and not in a minute; return how many wait."""
+    whose = [user.email for user in users]
+    return connection.execute("UPDATE outbox SET next_attempt_at = now() WHERE recipient = ANY(%s)", [whose]).rowcount
 
 
 def recipients(stage: Stage) -> set[str]:

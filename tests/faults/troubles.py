@@ -31,7 +31,7 @@ class Trouble(Protocol):
 
 
 _FRESH: Final = 1.1  # seconds after which what a replica says about its readiness is no longer remembered
-_PATIENCE: Final = 10.0  # seconds for something to come about that takes milliseconds
+_PATIENCE: Final = 20.0  # seconds for something to come about that takes milliseconds
 COMMIT: Final = b"COMMIT"
 _END_WAITING: Final = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event = 'advisory'"
 LOST_COMMITS: Final[dict[str, dict[str, Any]]] = {
@@ -42,9 +42,9 @@ LOST_COMMITS: Final[dict[str, dict[str, Any]]] = {
 """The places at which a connection is cut in the middle of a commit: it did not happen, who knows, it did."""
 
 
-async def until(true: Callable[[], object], what: str) -> None:
-    """Wait until something is true; raises StageFailed."""
-    deadline = time.monotonic() + _PATIENCE
+async def until(true: Callable[[], object], what: str, *, patience: float = _PATIENCE) -> None:
+    """Wait until something is true, for `patience` seconds; raises StageFailed."""
+    deadline = time.monotonic() + patience
     while not true():
         if time.monotonic() > deadline:
             raise StageFailed(f"it did not come about that {what}")
@@ -275,7 +275,7 @@ async def redis_is_stale(stage: Stage, ledger: Ledger) -> None:
             client.flushall()
             for key, (value, lifetime) in kept.items():
                 if value is not None:
-                    client.restore(key, lifetime, value)
+                    client.restore(key, lifetime, value, replace=True)
 
 
 # -- processes --------------------------------------------------------------------------------------------------------
