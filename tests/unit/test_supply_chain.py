@@ -239,7 +239,8 @@ def test_the_bill_of_materials_names_everything_that_is_locked(bill: dict[str, A
         for each in read(SERVER)
     }
     optional = {part["name"] for part in bill["components"] if part["scope"] == "optional"}
-    assert optional == {"async-timeout", "colorama", "httpx2-jsfetch", "tzdata"}
+    assert "colorama" in optional  # for Windows
+    assert not optional & {"uvloop", "psycopg-binary", "starlette"}
     about = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     assert bill["metadata"]["component"]["version"] == about["version"]
 
