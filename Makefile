@@ -6,6 +6,9 @@ PORT   ?= 8000
 HOST   ?= 127.0.0.1
 STAMP  := $(VENV)/.installed
 TOOLS  := promtool nginx
+AUDIT  := $(VENV)/audit/bin
+# Whom `make audit` asks: pypi or osv.
+SERVICE ?= pypi
 # Never fetch an interpreter from the network: the one that was named is the one that is used.
 export UV_PYTHON_DOWNLOADS = never
 
@@ -48,11 +51,32 @@ torture: $(STAMP) ## Write docs/torture.json: forged and borderline tokens to tr
 prove-rotation: $(STAMP) ## Prove on two replicas, under load and with kills, that key rotation never hurts
 	$(BIN)/python -m tests.rotation
 
-check: $(STAMP) ## Lint, format, types and import contracts
+check: $(STAMP) ## Lint, format, types, import contracts, licences, bad versions, secrets, workflows
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m supply_chain check
+	$(BIN)/zizmor --offline --persona=auditor --no-progress --quiet .github
+
+secrets: $(STAMP) ## Look for keys, tokens and passwords that were left in the tree
+	$(BIN)/python -m supply_chain secrets
+
+licences: $(STAMP) ## Write docs/licences.md; fails for a licence that is not allowed
+	$(BIN)/python -m supply_chain licences
+
+sbom: $(STAMP) ## Write build/sbom.cdx.json: what the server is made of, as CycloneDX
+	$(BIN)/python -m supply_chain sbom
+
+# In an environment of its own: the auditor's own dependencies are none of ours.
+audit: $(STAMP) ## Ask for known vulnerabilities of everything that is locked; needs the network
+	@test -x $(AUDIT)/python || $(PYTHON) -m venv $(VENV)/audit
+	@if test -x $(BIN)/uv; then \
+	  $(BIN)/uv pip install -q --python $(AUDIT)/python --require-hashes -r requirements/audit.txt; \
+	else \
+	  $(AUDIT)/python -m pip install -q --require-hashes -r requirements/audit.txt; \
+	fi
+	$(BIN)/python -m supply_chain audit $(AUDIT)/pip-audit --vulnerability-service $(SERVICE)
 
 format: $(STAMP) ## Rewrite the code in the house format
 	$(BIN)/ruff check --fix .
@@ -71,6 +95,7 @@ lock: $(STAMP) ## Compile requirements/*.txt anew from pyproject.toml
 	$(BIN)/uv pip compile -q pyproject.toml --extra server --extra otel --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --upgrade -o requirements/server.txt
 	$(BIN)/uv pip compile -q pyproject.toml --extra server --extra otel --group dev --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --upgrade -o requirements/dev.txt
 	$(BIN)/uv pip compile -q --group pyproject.toml:build --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --upgrade -o requirements/build.txt
+	$(BIN)/uv pip compile -q --group pyproject.toml:audit --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --upgrade -o requirements/audit.txt
 
 clean: ## Remove what make made, but neither data nor keys
 	rm -rf $(VENV) .tools dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
