@@ -92,7 +92,8 @@ manifests: $(STAMP) ## Render deploy/kubernetes anew; takes kustomize or kubectl
 	$(BIN)/python -m tests.deploy.render
 
 lock: $(STAMP) ## Compile requirements/*.txt anew from pyproject.toml
-	$(BIN)/uv pip compile -q pyproject.toml --extra server --extra otel --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --upgrade -o requirements/server.txt
+	$(BIN)/uv pip compile -q pyproject.toml --extra server --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --upgrade -o requirements/server.txt
+	$(BIN)/uv pip compile -q pyproject.toml --extra server --extra otel --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --upgrade -o requirements/server-otel.txt
 	$(BIN)/uv pip compile -q pyproject.toml --extra server --extra otel --group dev --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --upgrade -o requirements/dev.txt
 	$(BIN)/uv pip compile -q --group pyproject.toml:build --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --upgrade -o requirements/build.txt
 	$(BIN)/uv pip compile -q --group pyproject.toml:audit --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --upgrade -o requirements/audit.txt
