@@ -7,9 +7,13 @@ import sys
 from collections.abc import Sequence
 
 from bench import machine
+from bench.capacity import measure_capacity
+from bench.fleet import a_fleet, measure_fleet
 from bench.measure import generator_ceiling, measure, start_times
 from bench.operations import OPERATIONS, Operation
+from bench.others import Others
 from bench.report import Report, ServiceReport
+from bench.rolling import roll
 from bench.service import BenchError, a_service
 from bench.verifier import measure_verifier
 from tests.support.servers import ServerUnavailableError
@@ -17,6 +21,9 @@ from tests.support.servers import ServerUnavailableError
 STARTS = 5
 BUSY_LOAD_AVERAGE = 0.7
 VERIFIER = "verifier"
+REPLICAS = "replicas"
+ROLLING = "rolling restart"
+CAPACITY = "capacity"
 
 
 def main() -> int:
@@ -34,10 +41,11 @@ def main() -> int:
             rsa.append(machine.rsa_speed(cores.service))
         if wanted:
             found = _measure_service(cores, wanted, rsa, runs=options.runs, seconds=options.seconds)
+        others = _measure_others(cores, options.only, runs=options.runs, seconds=options.seconds)
     except (BenchError, ServerUnavailableError) as error:
         _tell(str(error))
         return 1
-    report = Report(rsa=rsa, verification=verification, service=found, notes=notes)
+    report = Report(rsa=rsa, verification=verification, service=found, others=others, notes=notes)
     print(json.dumps(report.as_json(), indent=2) if options.json else report.as_text())
     return 1 if report.wrong else 0
 
@@ -58,14 +66,32 @@ def _measure_service(
     return ServiceReport(ceiling=ceiling, fsync_seconds=fsync, starts=starts, results=results)
 
 
+def _measure_others(cores: machine.Cores, only: Sequence[str] | None, *, runs: int, seconds: float) -> Others:
+    """Measure what is more than one operation on one worker."""
+    capacity, fleet, rolled = None, [], []
+    if not only or CAPACITY in only:
+        _tell("what one process takes, and sign-ins on one core")
+        capacity = measure_capacity(cores, runs=runs, seconds=seconds)
+    if not only or {REPLICAS, ROLLING} & set(only):
+        with a_fleet(cores) as running:
+            if not only or REPLICAS in only:
+                _tell("two replicas behind nginx")
+                fleet = measure_fleet(running, runs=runs, seconds=seconds)
+            if not only or ROLLING in only:
+                _tell("rolling restarts under load")
+                rolled = roll(running, seconds=seconds)
+    return Others(len(cores.everywhere), fleet, rolled, capacity)
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="Measure one worker of the service on one core against its own PostgreSQL, and compare with what "
-        "the same core can do in RSA-2048 signatures; measure what a sibling service pays to check a token. A missed "
-        "target is reported; only a wrong answer fails.",
+        "the same core can do in RSA-2048 signatures; what a sibling service pays to check a token; two replicas "
+        "behind nginx on all cores, and how they are replaced under load; what an operator plans with. A missed "
+        "target is reported; only a wrong answer, or a request that fails while replicas are replaced, fails.",
     )
-    names = [*(operation.name for operation in OPERATIONS), VERIFIER]
+    names = [*(operation.name for operation in OPERATIONS), VERIFIER, REPLICAS, ROLLING, CAPACITY]
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
     parser.add_argument("--seconds", type=float, default=3.0, help="seconds of each run (default 3)")
     parser.add_argument("--runs", type=int, default=5, help="runs of each operation (default 5)")

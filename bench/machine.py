@@ -19,10 +19,11 @@ TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """Which core the service has for itself, and which one the load generator and the database share."""
+    """Which core the service has for itself, which one the load generator and the database share, and all there are."""
 
     service: int
     load: int
+    everywhere: tuple[int, ...]
 
     @property
     def shared(self) -> bool:
@@ -41,26 +42,26 @@ class RsaSpeed:
 def choose_cores() -> Cores:
     """Take the first two cores this process may run on; with one core only, both are that core."""
     allowed = sorted(os.sched_getaffinity(0))
-    return Cores(service=allowed[0], load=allowed[min(1, len(allowed) - 1)])
+    return Cores(service=allowed[0], load=allowed[min(1, len(allowed) - 1)], everywhere=tuple(allowed))
 
 
 @contextmanager
-def on_core(core: int) -> Iterator[None]:
-    """Run the block, and every process that is started in it, on `core`; children inherit it and keep it."""
+def on_core(*cores: int) -> Iterator[None]:
+    """Run the block, and every process that is started in it, on these cores; children inherit them and keep them."""
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {core})
+    os.sched_setaffinity(0, cores)
     try:
         yield
     finally:
         os.sched_setaffinity(0, before)
 
 
-def pin_tree(pid: int, core: int) -> None:
-    """Move process `pid`, all its threads and all its descendants to `core`; what they start later inherits it."""
+def pin_tree(pid: int, *cores: int) -> None:
+    """Move process `pid`, all its threads and all its descendants to these cores; what they start inherits them."""
     for member in tree(pid):
         with suppress(FileNotFoundError, ProcessLookupError):  # a database's helpers come and go
             for thread in Path(f"/proc/{member}/task").iterdir():
-                os.sched_setaffinity(int(thread.name), {core})
+                os.sched_setaffinity(int(thread.name), cores)
 
 
 def rsa_speed(core: int, seconds: int = 1) -> RsaSpeed:
@@ -136,6 +137,12 @@ def busy_seconds(cores: Cores) -> float:
 def pss_bytes(pid: int) -> int:
     """Sum the proportional set size of `pid` and its descendants in bytes: shared pages count by their share."""
     return sum(_pss_of(member) for member in tree(pid))
+
+
+def peak_bytes(pid: int) -> int:
+    """Tell the largest resident set that process `pid` ever had, in bytes."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def fsync_seconds(folder: Path, times: int = 50) -> float:

@@ -78,8 +78,8 @@ class Result:
 class Load:
     """The load generator's process, with the connections of one plan open."""
 
-    def __init__(self, plan: Plan, core: int) -> None:
-        with machine.on_core(core):
+    def __init__(self, plan: Plan, *cores: int) -> None:
+        with machine.on_core(*cores):
             self._process = _start("bench.load")
         self._say(json.dumps(dataclasses.asdict(plan)))
 

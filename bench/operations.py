@@ -1,6 +1,7 @@
 """The operations that are measured. To add one, write how it is prepared and add a line to `OPERATIONS`."""
 
 import dataclasses
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -39,8 +40,12 @@ def _client_credentials(service: Service, connections: int) -> list[Call]:
 
 
 def _refresh_token(service: Service, connections: int) -> list[Call]:
-    """Start a family for each connection; one user holds them all, as one row read by many costs no waiting."""
-    person = service.user("bench-refresh")
+    """
+    Start a family for each connection; one user holds them all, as one row read by many costs no waiting.
+
+    Each time another user: who has too many sessions loses the oldest.
+    """
+    person = service.user(f"bench-refresh-{secrets.token_hex(3)}")
     return [
         service.refresh_call(service.ask(service.sign_in_call(person), "refresh_token")) for _ in range(connections)
     ]

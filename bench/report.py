@@ -8,6 +8,8 @@ from typing import Any
 from bench.machine import RsaSpeed
 from bench.measure import Result
 from bench.operations import OPERATIONS
+from bench.others import Others
+from bench.tables import table
 from bench.verifier import VERIFY, VERIFY_SYNC, Verification
 
 MEGABYTE = 1024 * 1024
@@ -47,6 +49,7 @@ SHARE_TARGET = Target("refresh_token while sign-ins wait for the hashing pool, s
 VERIFIER_TARGETS = {name: Target(f"{name}, ratio to RSA verifications", 0.80, 0.90) for name in (VERIFY, VERIFY_SYNC)}
 MEMORY_TARGET = Target("memory of the worker under load (PSS), no password hashing", 110, 85, " MB", at_most=True)
 START_TARGET = Target("start to first token, existing database", 1.2, 0.5, " s", at_most=True)
+ROLLING_TARGET = Target("requests that failed while all replicas were replaced", 0, 0, at_most=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,7 @@ class Report:
     rsa: Sequence[RsaSpeed]
     verification: Verification | None
     service: ServiceReport | None
+    others: Others
     notes: Sequence[str]
 
     @property
@@ -86,7 +90,7 @@ class Report:
     @property
     def wrong(self) -> bool:
         """Whether any answer was wrong."""
-        return any(result.wrong for result in self._results)
+        return any(result.wrong for result in self._results) or bool(self.others.complaints)
 
     @property
     def _results(self) -> Sequence[Result]:
@@ -102,6 +106,7 @@ class Report:
             },
             **({"verification": _verification_as_json(self.verification)} if self.verification else {}),
             **(self._service_as_json(self.service) if self.service else {}),
+            **self.others.as_json(),
             "targets": [
                 {
                     "what": target.label,
@@ -133,8 +138,9 @@ class Report:
             f" (median of {len(rates)}, {min(rates):,.0f}-{max(rates):,.0f})",
             *(_verification_as_text(self.verification) if self.verification else ()),
             *(self._service_as_text(self.service) if self.service else ()),
+            *self.others.as_text(),
             "",
-            _table(
+            table(
                 ("target", "measured", "required", "goal", ""),
                 [
                     (
@@ -151,6 +157,7 @@ class Report:
         for result in self._results:
             if result.wrong:
                 parts.append(f"\n{result.name}: {result.wrong} wrong answers, the first was:\n{result.complaint}")
+        parts += [f"\n{complaint}" for complaint in self.others.complaints]
         return "\n".join(parts)
 
     def _service_as_text(self, found: ServiceReport) -> tuple[str, ...]:
@@ -158,7 +165,7 @@ class Report:
             f"load generator ceiling: {found.ceiling:,.0f} requests/s",
             f"fsync of 8 KiB beside the database: {found.fsync_seconds * 1e6:,.0f} µs",
             "",
-            _table(_HEADINGS, [self._row(result) for result in found.results]),
+            table(_HEADINGS, [self._row(result) for result in found.results]),
             _LEGEND,
         )
 
@@ -190,6 +197,8 @@ class Report:
             found.append((MEMORY_TARGET, self.service.pss_megabytes))
         if self.service:
             found.append((START_TARGET, median(self.service.starts)))
+        if self.others.rolled:
+            found.append((ROLLING_TARGET, self.others.failed))
         return found
 
     def _ratio(self, result: Result) -> float:
@@ -254,7 +263,7 @@ def _verification_as_text(found: Verification) -> tuple[str, ...]:
         )
         for name, rounds in found.rounds.items()
     ]
-    return ("", _table(("checking a token", "CPU µs", "min-max", "tokens/s", "ratio"), rows), _VERIFICATION_LEGEND, "")
+    return ("", table(("checking a token", "CPU µs", "min-max", "tokens/s", "ratio"), rows), _VERIFICATION_LEGEND, "")
 
 
 _VERIFICATION_LEGEND = "ratio: to the bare RSA operation of the same round, which is in all of them"
@@ -277,13 +286,3 @@ _HEADINGS = (
     "PSS MB",
     "wrong",
 )
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out columns: the first to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in (headings, *rows)) for column in range(len(headings))]
-    lines = [
-        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(cells))
-        for cells in (list(zip(row, widths, strict=True)) for row in (headings, *rows))
-    ]
-    return "\n".join((lines[0], "  ".join("-" * width for width in widths), *lines[1:]))

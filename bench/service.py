@@ -80,7 +80,7 @@ class Service:
         self._worker: subprocess.Popen[bytes] | None = None
         self._postmaster = _postmaster(database_url)
         machine.pin_tree(self._postmaster, cores.load)
-        self._environment = {
+        self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("IDENTITY_")},
             "IDENTITY_ENVIRONMENT": "production",
             "IDENTITY_ISSUER": ISSUER,
@@ -193,7 +193,7 @@ class Service:
             began = time.perf_counter()
             self._worker = subprocess.Popen(
                 [*COMMAND, "serve", "--host", "127.0.0.1", "--port", str(self.port)],
-                env=self._environment,
+                env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -271,7 +271,7 @@ class Service:
 
     def _command(self, *arguments: str, stdin: str = "") -> str:
         done = subprocess.run(
-            [*COMMAND, *arguments], env=self._environment, input=stdin, capture_output=True, text=True, timeout=120
+            [*COMMAND, *arguments], env=self.environment, input=stdin, capture_output=True, text=True, timeout=120
         )
         if done.returncode:
             raise BenchError(f"identity-service {arguments[0]} ended with {done.returncode}:\n{done.stderr[-2000:]}")
