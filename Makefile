@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 TOOLS  := promtool nginx
 AUDIT  := $(VENV)/audit/bin
 # Whom `make audit` asks: pypi or osv.
-SERVICE ?= pypi
+AUDIT_SERVICE ?= pypi
 # Never fetch an interpreter from the network: the one that was named is the one that is used.
 export UV_PYTHON_DOWNLOADS = never
 
@@ -76,7 +76,7 @@ audit: $(STAMP) ## Ask for known vulnerabilities of everything that is locked; n
 	else \
 	  $(AUDIT)/python -m pip install -q --require-hashes -r requirements/audit.txt; \
 	fi
-	$(BIN)/python -m supply_chain audit $(AUDIT)/pip-audit --vulnerability-service $(SERVICE)
+	$(BIN)/python -m supply_chain audit $(AUDIT)/pip-audit --vulnerability-service $(AUDIT_SERVICE)
 
 format: $(STAMP) ## Rewrite the code in the house format
 	$(BIN)/ruff check --fix .

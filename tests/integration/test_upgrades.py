@@ -69,17 +69,16 @@ class Clients:
 
 def prepare(version: Version, url: str) -> Clients:
     """Have a version make its schema, its clients and its people."""
-
-    def done(*words: str, stdin: str = "") -> Any:
-        return json.loads(version.command(*words, "--json", database_url=url, stdin=stdin))
-
-    version.command("migrate", database_url=url)
     grants = ("--grant", "password", "--grant", "refresh_token")
     scope = ("--scope", "account:read account:write", "--audience", ISSUER)
-    app = done("clients", "create", "app", "--public", "--first-party", *grants, *scope)
-    service = done("clients", "create", "service", "--grant", "client_credentials", "--introspect", ISSUER)
-    for name in PEOPLE:
-        done("users", "create", name, "--email", f"{name}@example.org", "--password-stdin", stdin=f"{PASSWORD}\n")
+    with version.commands(url) as run:
+        run("migrate")
+        app = json.loads(run("clients", "create", "app", "--public", "--first-party", *grants, *scope, "--json"))
+        asks = ("--grant", "client_credentials", "--introspect", ISSUER)
+        service = json.loads(run("clients", "create", "service", *asks, "--json"))
+        for name in PEOPLE:
+            email = ("--email", f"{name}@example.org")
+            run("users", "create", name, *email, "--password-stdin", stdin=f"{PASSWORD}\n")
     return Clients(app["client_id"], (service["client_id"], service["client_secret"]))
 
 

@@ -53,16 +53,17 @@ for line in sys.stdin:
 
 
 class Forge:
-    """Runs commands, one after the other, each in a process of its own."""
+    """Runs commands, one after the other, each in a process of its own; `code` is the folder with the package."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, code: Path = ROOT) -> None:
         self._streams = [folder / name for name in ("in", "out", "err")]
         self._process = subprocess.Popen(
             [sys.executable, "-c", FORGE],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            cwd=code,
+            env=os.environ | {"PYTHONPATH": str(code)},
         )
 
     def run(self, words: Sequence[str | bytes], env: dict[str, str], cwd: str, stdin: bytes) -> tuple[int, str, str]:

@@ -8,14 +8,15 @@ import io
 import os
 import re
 import subprocess
-import sys
 import tarfile
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from identity_service.infra.tables import SCHEMA_REVISION
-from tests.support.commands import CHEAP
+from tests.support.commands import CHEAP, Forge
 from tests.support.server_process import ServerProcess
 from tests.support.service import MASTER_KEY
 
@@ -43,27 +44,28 @@ class Version:
         """Start a server of this version."""
         return ServerProcess(database_url, redis_url, code=self.folder, **env)
 
-    def command(self, *words: str, database_url: str, stdin: str = "") -> str:
-        """Run an operator's command of this version and return what it printed; raises CalledProcessError."""
+    def command(self, *words: str, database_url: str) -> str:
+        """Run an operator's command of this version and return what it printed; fails if it does."""
+        with self.commands(database_url) as run:
+            return run(*words)
+
+    @contextmanager
+    def commands(self, database_url: str) -> Iterator[Callable[..., str]]:
+        """Yield what runs a command and returns what it printed; many of them, for one start of Python."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("IDENTITY_")}
         environment |= CHEAP | {
-            "PYTHONPATH": str(self.folder),
             "IDENTITY_ENVIRONMENT": "development",
             "IDENTITY_DATABASE_URL": database_url,
             "IDENTITY_MASTER_KEY": MASTER_KEY,
         }
-        program = [sys.executable, "-c", "from identity_service.cli import main; main()"]
-        done = subprocess.run(
-            [*program, *words],
-            cwd=self.folder,
-            env=environment,
-            input=stdin,
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-            timeout=120,
-        )
-        return done.stdout
+
+        def run(*words: str, stdin: str = "") -> str:
+            code, out, err = forge.run(words, environment, folder, stdin.encode())
+            assert code == 0, f"{self}: {' '.join(words)}: {err}"
+            return out
+
+        with tempfile.TemporaryDirectory() as folder, closing(Forge(Path(folder), code=self.folder)) as forge:
+            yield run
 
 
 THIS = Version(SCHEMA_REVISION, ROOT)
