@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import delete, insert, make_url, select, update
 
 from identity_service.accounts.access import SUPER_ADMIN
 from identity_service.infra.database import Database
@@ -24,7 +24,7 @@ from identity_service.infra.tables import (
 )
 from identity_service.settings import UnsafeSettings
 from tests.support.backups import Backups, plain
-from tests.support.commands import OTHER_KEY, PROGRAM, Cli
+from tests.support.commands import OTHER_KEY, PROGRAM, ROOT, Cli
 from tests.support.keys import a_key, an_exchanger, exchange
 from tests.support.people import an_app, signed_in
 from tests.support.reading import refused
@@ -436,3 +436,42 @@ async def test_a_move_remembers_the_restore_before_it(lively_url: str, backups: 
     second = at(backups.restore_elsewhere(backups.dump(first.url)))
     assert second.restored("--nothing-lost") == {"moved": True}
     assert [given["id"] for given in second.cli.json("confirm-api-keys", "--all")["given_back"]] == [key.id]
+
+
+# -- the database's roles ---------------------------------------------------------------------------------------------
+
+
+async def test_the_service_s_own_role_is_enough(backups: Backups, at: At) -> None:
+    """With the roles of deploy/postgresql: the owner of the tables dumps and restores, the service puts right."""
+
+    def prepared() -> dict[str, str]:
+        """Return the addresses of a new database, for each role."""
+        url = make_url(backups.a_database())
+        run_script(url.render_as_string(hide_password=False), "roles.sql")
+        roles = ("identity_migrator", "identity_service")
+        return {role: url.set(username=role).render_as_string(hide_password=False) for role in roles}
+
+    old, new = prepared(), prepared()
+    migrate(old["identity_migrator"])
+    run_script(old["identity_migrator"], "grants.sql")
+    async with live(old["identity_service"]) as service:
+        app, ann = await an_app(service), await service.a_user("ann")
+        await newest_seal(service)
+    backups.restore(backups.dump(old["identity_migrator"]), new["identity_migrator"], "--no-owner", "--no-privileges")
+    run_script(new["identity_migrator"], "grants.sql")
+    place = at(new["identity_service"])
+    assert place.restored("--disabled-user", "nobody")["users"] == 1
+    async with live(place.url) as service:
+        assert (await (await signed_in(service, ann, app))("GET")).status_code == 200
+        await newest_seal(service)
+    assert place.cli.json("audit", "verify")["good"]
+    moved = prepared()
+    backups.restore(backups.dump(new["identity_migrator"]), moved["identity_migrator"], "--no-owner", "--no-privileges")
+    run_script(moved["identity_migrator"], "grants.sql")
+    assert at(moved["identity_service"]).restored("--nothing-lost") == {"moved": True}
+
+
+def run_script(url: str, name: str) -> None:
+    """Run a script of deploy/postgresql as whom the URL names."""
+    with psycopg.connect(plain(url), autocommit=True) as connection:
+        connection.execute((ROOT / "deploy" / "postgresql" / name).read_bytes())
