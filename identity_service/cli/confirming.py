@@ -41,9 +41,7 @@ def confirm_api_keys(
             if not (ids or every):
                 epoch = restore_number(at)
                 return list(await services.db.run(lambda tx: services.api_keys.suspended(tx, at=at, epoch=epoch))), []
-            returned: list[ApiKey] = []
-            while more := await services.db.run(lambda tx: _give_back(services, tx, at, ids)):
-                returned += more
+            returned = await _give_back(services, at, ids)
             return returned, sorted(set(ids or ()) - {key.id for key in returned})
 
     keys, left = asyncio.run(main())
@@ -62,11 +60,19 @@ def confirm_api_keys(
         raise typer.Exit(1)
 
 
-async def _give_back(services: Services, tx: Transaction, at: datetime, ids: Sequence[str] | None) -> Sequence[ApiKey]:
-    """Give back a batch of keys, and say so of each."""
-    returned = await services.api_keys.give_back(tx, at=at, epoch=restore_number(at), ids=ids or None)
-    for key in returned:
-        await services.audit.record(tx, "api_key.confirmed", origin=None, actor=ACTOR, target=key.id)
+async def _give_back(services: Services, at: datetime, ids: Sequence[str] | None) -> list[ApiKey]:
+    """Give keys back, a batch in each transaction, and say so of each key; return them."""
+    returned: list[ApiKey] = []
+
+    async def one_batch(tx: Transaction) -> Sequence[ApiKey]:
+        after = returned[-1].id if returned else ""
+        keys = await services.api_keys.give_back(tx, at=at, epoch=restore_number(at), ids=ids or None, after=after)
+        for key in keys:
+            await services.audit.record(tx, "api_key.confirmed", origin=None, actor=ACTOR, target=key.id)
+        return keys
+
+    while keys := await services.db.run(one_batch):
+        returned += keys
     return returned
 
 

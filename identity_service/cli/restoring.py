@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
-from typing import Annotated, TypeVar
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -14,6 +15,7 @@ from identity_service.accounts.bootstrap import close_bootstrap
 from identity_service.accounts.users import User
 from identity_service.cli.audit import parse_anchor
 from identity_service.cli.common import ACTOR, AsJson, DataDir, Keys, Refused, opened, quiet_settings, say
+from identity_service.cli.lost_trail import Act, Since, read_acts, since
 from identity_service.cli.people import identified
 from identity_service.cli.serving import only_one_on_sqlite
 from identity_service.infra.audit import RESTORED, Anchor, ChainBroken, Sealed, Standing
@@ -28,8 +30,6 @@ from identity_service.infra.installation import (
 from identity_service.main import Services, load_data_keys
 from identity_service.oauth.signing_keys import Actor, KeyState, NewKey
 from identity_service.oauth.signing_keys.material import generate
-
-Item = TypeVar("Item")
 
 _BY_COMMAND = Actor(ACTOR)
 _TOLERANCE = timedelta(minutes=2)  # by which clocks may differ
@@ -58,6 +58,7 @@ class Orders:
     deleted_users: Sequence[str] = ()
     disabled_clients: Sequence[str] = ()
     anchors: Sequence[Anchor] = ()
+    acts: Sequence[Act] = ()
     unnoticed: bool = False
 
 
@@ -75,8 +76,11 @@ class Done:
     compromised: list[str] = field(default_factory=list)
     users_disabled: list[str] = field(default_factory=list)
     users_deleted: list[str] = field(default_factory=list)
+    users_purged: list[str] = field(default_factory=list)
     clients_disabled: list[str] = field(default_factory=list)
+    api_keys_ended: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
+    to_look_at: list[dict[str, str | None]] = field(default_factory=list)
     rows_lost_after: int | None = None
     rows_known_to: int | None = None
     anchor: str | None = None
@@ -99,6 +103,10 @@ def after_restore(
     disabled_client: Annotated[
         Names, typer.Option(metavar="ID", help="A client that was disabled or deleted since the backup.")
     ] = None,
+    trail: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What `audit export` wrote of the database that was lost, as JSON lines."),
+    ] = None,
     anchors: Anchors = None,
     nothing_lost: Annotated[
         bool, typer.Option("--nothing-lost", help="It was moved while nothing was served: only note where it is now.")
@@ -116,9 +124,10 @@ def after_restore(
     Put a restored database right, which is not served before: what was ended since the backup must not come back.
 
     Ends every session, token and mailed link, suspends the API keys, replaces the signing keys, and says in the audit
-    trail what is lost. All of it is done, or nothing; after an interruption, run it again.
+    trail what is lost. With --trail, what was taken away since the backup is taken away again. All of it is done, or
+    nothing; after an interruption, run it again.
     """
-    if nothing_lost and (unnoticed or compromised or disabled_user or deleted_user or disabled_client):
+    if nothing_lost and (unnoticed or trail or compromised or disabled_user or deleted_user or disabled_client):
         raise Refused("--nothing-lost goes with --anchor only: where nothing is lost, nothing is to be done again")
     orders = Orders(
         compromised=compromised or (),
@@ -126,6 +135,7 @@ def after_restore(
         deleted_users=deleted_user or (),
         disabled_clients=disabled_client or (),
         anchors=anchors or (),
+        acts=read_acts(trail) if trail is not None else (),
         unnoticed=unnoticed,
     )
     settings = quiet_settings(data_dir)
@@ -204,9 +214,13 @@ async def _put_right(services: Services, tx: Transaction, orders: Orders, spare:
     except ValueError as error:
         raise Refused(f"the clock says {at.isoformat()}, which cannot be: {error}") from None
     done.links = await services.email_tokens.revoke_every(tx)
-    done.api_keys_suspended = await services.api_keys.suspend_all(tx, at=at, earlier=found.restores, for_good=())
-    await _replace_keys(services, tx, orders, spare, done)
-    await _end_again(services, tx, orders, done)
+    told = await since(tx, services.audit, orders.acts)
+    done.api_keys_ended = told.ended_keys
+    done.api_keys_suspended = await services.api_keys.suspend_all(
+        tx, at=at, earlier=found.restores, for_good=told.ended_keys
+    )
+    await _replace_keys(services, tx, orders, told, spare, done)
+    await _end_again(services, tx, orders, told, done)
     await close_bootstrap(tx, services.clock)
     if services.bootstrap is not None:
         await services.bootstrap.spend(tx)  # for servers of a version that does not know what the line above means
@@ -216,7 +230,7 @@ async def _put_right(services: Services, tx: Transaction, orders: Orders, spare:
 
 
 async def _replace_keys(
-    services: Services, tx: Transaction, orders: Orders, spare: Sequence[NewKey], done: Done
+    services: Services, tx: Transaction, orders: Orders, told: Since, spare: Sequence[NewKey], done: Done
 ) -> None:
     """
     Take every published key out of use, also the one that waits, for in the lost time it may have signed.
@@ -227,37 +241,57 @@ async def _replace_keys(
     in_use = [kid for kid, state in states.items() if state not in (KeyState.COMPROMISED, KeyState.RETIRED)]
     done.signing_keys_out_of_use = await services.key_acts.compromise(tx, in_use, spare, _BY_COMMAND)
     done.signing_key = spare[0].kid
-    done.compromised = [kid for kid in orders.compromised if kid in states]
+    named = dict.fromkeys([*orders.compromised, *told.compromised])
+    done.compromised = [kid for kid in named if kid in states]
     done.unknown += [kid for kid in orders.compromised if kid not in states]
 
 
-async def _end_again(services: Services, tx: Transaction, orders: Orders, done: Done) -> None:
-    """Do once more what the operator knows was done since the backup; who came after it is not here."""
-    for name in orders.disabled_users:
-        if (user := await _who(services, tx, name, done)) is not None and user.enabled:
+async def _end_again(services: Services, tx: Transaction, orders: Orders, told: Since, done: Done) -> None:
+    """
+    Do once more what the operator knows, and the trail tells, of the time since the backup.
+
+    Who came in that time is not here: what the operator names is told then, what the trail names is no news.
+    """
+    record = services.audit.record
+    for name in (*orders.disabled_users, *told.disabled_users):
+        if (user := await _who(services, tx, name)) is not None and user.enabled:
             await services.users.set_enabled(tx, user.id, False)
-            await services.audit.record(tx, "user.disabled", origin=None, actor=ACTOR, target=str(user.id))
+            await record(tx, "user.disabled", origin=None, actor=ACTOR, target=str(user.id))
             done.users_disabled.append(str(user.id))
-    for name in orders.deleted_users:
-        if (user := await _who(services, tx, name, done)) is not None:
+        elif user is None and name in orders.disabled_users:
+            done.unknown.append(name)
+    for name in (*orders.deleted_users, *told.deleted_users):
+        if (user := await _who(services, tx, name)) is not None:
             await services.users.delete(tx, user.id)
-            await services.audit.record(tx, "user.deleted", origin=None, actor=ACTOR, target=str(user.id))
+            await record(tx, "user.deleted", origin=None, actor=ACTOR, target=str(user.id))
             done.users_deleted.append(str(user.id))
-    for client_id in orders.disabled_clients:
+        elif name in orders.deleted_users:
+            done.unknown.append(name)
+    for name in told.purged_users:
+        await _who(services, tx, name)
+        if (user_id := identified(name)) is not None and await services.users.erase(tx, user_id):
+            await record(tx, "user.purged", origin=None, actor=ACTOR, target=name)
+            done.users_purged.append(name)
+    for client_id in (*orders.disabled_clients, *told.disabled_clients):
         if await services.clients.set_enabled(tx, client_id, False):
-            await services.audit.record(tx, "client.disabled", origin=None, actor=ACTOR, target=client_id)
+            await record(tx, "client.disabled", origin=None, actor=ACTOR, target=client_id)
             done.clients_disabled.append(client_id)
-        else:
+        elif client_id in orders.disabled_clients:
             done.unknown.append(client_id)
+    for act in told.to_look_at:
+        user_id = identified(act.target)
+        user = await services.users.get(tx, user_id) if user_id is not None else None
+        if user is not None or user_id is None:
+            username = user.username if user is not None else None
+            row = {"at": act.at.isoformat(), "event": act.event, "target": act.target, "username": username}
+            done.to_look_at.append(row)
 
 
-async def _who(services: Services, tx: Transaction, name: str, done: Done) -> User | None:
-    """Return whom an operator means, noting a name that nobody has; raises Refused for who has to stay."""
+async def _who(services: Services, tx: Transaction, name: str) -> User | None:
+    """Return whom a name or an id means; raises Refused for who has to stay."""
     user_id = identified(name)
     user = await services.users.get(tx, user_id) if user_id else await services.users.by_name(tx, name)
-    if user is None:
-        done.unknown.append(name)
-    elif await services.users.is_last_super_admin(tx, user):
+    if user is not None and await services.users.is_last_super_admin(tx, user):
         raise Refused(f"{name}: nobody could do everything any more; make another super_admin first")
     return user
 
@@ -270,8 +304,20 @@ async def _resume_trail(
 
     A chain that was tampered with is no reason not to end sessions: then the row is written like any other.
     """
-    told = asdict(done)
-    detail = {name: told[name] for name in told if name not in ("anchor", "chain_fault") and told[name] is not None}
+    # Of what has rows of its own, or is long, the number: a row of the trail holds so much.
+    detail = {
+        "restored_at": done.restored_at,
+        "users": done.users,
+        "clients": done.clients,
+        "links": done.links,
+        "api_keys_suspended": done.api_keys_suspended,
+        "api_keys_ended": len(done.api_keys_ended),
+        "users_disabled": len(done.users_disabled),
+        "users_deleted": len(done.users_deleted) + len(done.users_purged),
+        "clients_disabled": len(done.clients_disabled),
+        "compromised": done.compromised,
+        "to_look_at": len(done.to_look_at),
+    }
     try:
         newest = await services.audit_chain.newest(tx)
         beyond = [newest.seq]
@@ -309,7 +355,7 @@ def _told(done: Done) -> list[str]:
         *(f"  signing key {kid} is out of use" for kid in done.signing_keys_out_of_use),
         f"  signing key {done.signing_key} signs; siblings that cache the JWKS refuse its tokens for up to 15 minutes",
         *(f"  {user_id} is disabled again" for user_id in (*done.users_disabled, *done.clients_disabled)),
-        *(f"  {user_id} is deleted again" for user_id in done.users_deleted),
+        *(f"  {user_id} is deleted again" for user_id in (*done.users_deleted, *done.users_purged)),
         "  no bootstrap secret works any more",
     ]
     if done.chain_fault:
@@ -318,4 +364,7 @@ def _told(done: Done) -> list[str]:
         lines.append(f"  the audit trail has lost the rows {rows}; keep its new anchor: {done.anchor}")
     if done.unknown:
         lines.append(f"Not in this database, so nothing was done about: {', '.join(done.unknown)}")
+    if done.to_look_at:
+        lines.append("Undone by the restore, as the trail says; look at each:")
+        lines += [f"  {row['at']}  {row['event']:<28} {row['username'] or row['target']}" for row in done.to_look_at]
     return [*lines, _UNKNOWABLE]

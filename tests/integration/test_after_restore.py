@@ -2,6 +2,7 @@
 
 import asyncio
 import fcntl
+import re
 import signal
 import subprocess
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import delete, insert, make_url, select, update
 
 from identity_service.accounts.access import SUPER_ADMIN
 from identity_service.infra.database import Database
@@ -23,7 +24,7 @@ from identity_service.infra.tables import (
 )
 from identity_service.settings import UnsafeSettings
 from tests.support.backups import Backups, plain
-from tests.support.commands import OTHER_KEY, PROGRAM, Cli
+from tests.support.commands import OTHER_KEY, PROGRAM, ROOT, Cli
 from tests.support.keys import a_key, an_exchanger, exchange
 from tests.support.people import an_app, signed_in
 from tests.support.reading import refused
@@ -74,7 +75,100 @@ async def test_what_the_operator_knows_is_done_again(lively_url: str, backups: B
         assert {("user.deleted", str(eve.id)), ("client.disabled", shop.id)} <= set(events)
     assert [user["id"] for user in place.cli.json("users", "list", "--deleted")] == [str(eve.id)]
     said = place.cli.run("audit", "list", "--event", "database.restored", "--json").json[0]
-    assert said["detail"]["users_disabled"] == [str(ann.id), str(bob.id)]
+    assert (said["detail"]["users_disabled"], said["detail"]["users_deleted"]) == (2, 1)
+
+
+async def test_what_the_exported_trail_tells_is_done_again(
+    lively_url: str, backups: Backups, at: At, tmp_path: Path
+) -> None:
+    """What was taken away since the backup is taken away, what was given is not given; the rest is told."""
+    lost, file = at(lively_url), tmp_path / "trail.jsonl"
+    run = lost.cli.json
+    async with live(lively_url) as service:
+        app, gateway = await an_app(service), await an_exchanger(service)
+        names = ["off", "on-again", "gone", "back", "purged", "before", "given", "kept", "mail"]
+        users_by_name = {name: await service.a_user(name) for name in names}
+        off, gone, purged, kept = [users_by_name[name] for name in ("off", "gone", "purged", "kept")]
+        keyed = await signed_in(service, kept, app)
+        shop, shut = await service.a_client(), await service.a_client()
+        revoked, rotated, good = [await a_key(service, kept, "account:read", "orders:read") for _ in range(3)]
+        [signer, *_] = await keys_in_use(service)
+        run("users", "disable", "given")
+        run("users", "disable", "before")
+        await service.patch_user(
+            users_by_name["before"], enabled=True
+        )  # whose row is in the backup; so nobody looks at it again
+        backup = backups.dump(lively_url)
+        for words in (
+            *("users disable off", "users disable on-again", "users enable on-again", "users enable given"),
+            *("users delete gone", "users delete back", "users restore back", "users delete --purge purged"),
+            *(f"clients disable {shop.id}", f"clients disable {shut.id}", f"clients delete {shut.id}"),
+            *(f"keys compromise {signer}", "users force-reset mail", "users role mail moderator"),
+        ):
+            run(*words.split())
+        late = await service.a_user("late")
+        run("users", "disable", late.username)
+        path = "/v1/users/me/api-keys"
+        assert (await service.http.delete(f"{path}/{revoked.id}", headers=keyed.headers)).status_code == 204
+        rotation = await service.http.post(f"{path}/{rotated.id}/rotate", json={}, headers=keyed.headers)
+        assert rotation.status_code == 200, rotation.text
+        assert lost.cli.run("audit", "export", "--output", str(file)).code == 0
+    place = at(backups.restore_elsewhere(backup))
+    done = place.restored("--trail", str(file))
+    assert done["users_disabled"] == [str(off.id)]
+    assert (done["users_deleted"], done["users_purged"]) == ([str(gone.id)], [str(purged.id)])
+    assert done["clients_disabled"] == [shop.id, shut.id]
+    assert done["compromised"] == [signer]
+    assert (done["api_keys_ended"], done["api_keys_suspended"]) == ([revoked.id, rotated.id], 1)
+    assert done["unknown"] == []
+    told = {(row["event"], row["username"] or row["target"]) for row in done["to_look_at"]}
+    assert told == {
+        ("client.deleted", shut.id),
+        ("user.password_reset_forced", "mail"),
+        ("user.role_changed", "mail"),
+    }
+    listed = {user["username"]: user["enabled"] for user in place.cli.json("users", "list")}
+    assert listed == {
+        "off": False,
+        "on-again": True,
+        "back": True,
+        "before": True,
+        "given": False,
+        "kept": True,
+        "mail": True,
+    }
+    assert [user["id"] for user in place.cli.json("users", "list", "--deleted")] == [str(gone.id)]
+    assert [key["id"] for key in place.cli.json("confirm-api-keys", "--all")["given_back"]] == [good.id]
+    assert place.cli.json("audit", "list", "--event", "user.purged")[0]["target"] == str(purged.id)
+    said = at(backups.restore_elsewhere(backup)).cli.run("after-restore", "--trail", str(file)).out
+    assert re.search(r"user\.password_reset_forced +mail\n", said)
+    assert gateway.id not in said
+
+
+NO_ROWS = [
+    *("x", "[]", "null", '"x"', '{"id": 1}', "id,seq,at,event", "\udcff"),
+    *(
+        f'{{"event": "user.disabled", "id": {number}, "at": {moment}, "target": "u"}}'
+        for number, moment in [
+            *(('"x"', '"2026-01-01T00:00:00Z"'), (1, '"yesterday"'), (1, "1"), (1, "null")),
+            (1, '"2026-01-01T00:00:00"'),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize("content", NO_ROWS)
+def test_a_file_that_is_no_trail_is_refused(lively_url: str, at: At, tmp_path: Path, content: str) -> None:
+    """With the line; nothing was done by then."""
+    file = tmp_path / "trail.jsonl"
+    good = '{"event": "grant.password", "id": 1, "at": "2026-01-01T00:00:00+00:00", "target": null}\n'
+    file.write_bytes((good + content + "\n").encode("utf-8", "surrogateescape"))
+    assert "line 2: not a row of" in at(lively_url).refuses("--unnoticed", "--trail", str(file))
+
+
+def test_a_file_that_is_not_there_is_told(lively_url: str, at: At) -> None:
+    """By its name."""
+    assert "No such file or directory: /nowhere" in at(lively_url).refuses("--unnoticed", "--trail", "/nowhere")
 
 
 async def test_the_last_who_can_do_everything_stays(lively_url: str, backups: Backups, at: At) -> None:
@@ -133,7 +227,7 @@ async def test_an_anchor_says_up_to_where_rows_are_lost(lively_url: str, backups
     [row] = place.cli.json("audit", "list", "--event", "database.restored")
     assert (row["actor"], row["detail"]["after"], row["detail"]["known_to"]) == ("cli", int(seq), int(seq) + 1)
     assert row["detail"]["restored_at"] == done["restored_at"]
-    assert {"users", "clients", "links", "api_keys_suspended", "signing_keys_out_of_use"} <= row["detail"].keys()
+    assert {"users", "clients", "links", "api_keys_suspended", "compromised"} <= row["detail"].keys()
     assert place.cli.run("audit", "verify", "--anchor", other).code == 1
 
 
@@ -342,3 +436,42 @@ async def test_a_move_remembers_the_restore_before_it(lively_url: str, backups: 
     second = at(backups.restore_elsewhere(backups.dump(first.url)))
     assert second.restored("--nothing-lost") == {"moved": True}
     assert [given["id"] for given in second.cli.json("confirm-api-keys", "--all")["given_back"]] == [key.id]
+
+
+# -- the database's roles ---------------------------------------------------------------------------------------------
+
+
+async def test_the_service_s_own_role_is_enough(backups: Backups, at: At) -> None:
+    """With the roles of deploy/postgresql: the owner of the tables dumps and restores, the service puts right."""
+
+    def prepared() -> dict[str, str]:
+        """Return the addresses of a new database, for each role."""
+        url = make_url(backups.a_database())
+        run_script(url.render_as_string(hide_password=False), "roles.sql")
+        roles = ("identity_migrator", "identity_service")
+        return {role: url.set(username=role).render_as_string(hide_password=False) for role in roles}
+
+    old, new = prepared(), prepared()
+    migrate(old["identity_migrator"])
+    run_script(old["identity_migrator"], "grants.sql")
+    async with live(old["identity_service"]) as service:
+        app, ann = await an_app(service), await service.a_user("ann")
+        await newest_seal(service)
+    backups.restore(backups.dump(old["identity_migrator"]), new["identity_migrator"], "--no-owner", "--no-privileges")
+    run_script(new["identity_migrator"], "grants.sql")
+    place = at(new["identity_service"])
+    assert place.restored("--disabled-user", "nobody")["users"] == 1
+    async with live(place.url) as service:
+        assert (await (await signed_in(service, ann, app))("GET")).status_code == 200
+        await newest_seal(service)
+    assert place.cli.json("audit", "verify")["good"]
+    moved = prepared()
+    backups.restore(backups.dump(new["identity_migrator"]), moved["identity_migrator"], "--no-owner", "--no-privileges")
+    run_script(moved["identity_migrator"], "grants.sql")
+    assert at(moved["identity_service"]).restored("--nothing-lost") == {"moved": True}
+
+
+def run_script(url: str, name: str) -> None:
+    """Run a script of deploy/postgresql as whom the URL names."""
+    with psycopg.connect(plain(url), autocommit=True) as connection:
+        connection.execute((ROOT / "deploy" / "postgresql" / name).read_bytes())

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from identity_service.accounts.access import SUPER_ADMIN
 from identity_service.infra.database import Transaction
@@ -36,6 +36,7 @@ from tests.support.restoring import (
     live,
     newest_seal,
     rows_of,
+    write,
 )
 from tests.support.server_process import ServerProcess
 from tests.support.service import (
@@ -312,6 +313,46 @@ async def test_whose_keys_would_have_ended_since_gets_none_back(lively_url: str,
         left = place.cli.run("confirm-api-keys", *(key.id for key in keys), "--json")
         assert {key["id"] for key in json.loads(left.out)["given_back"]} == kept
         assert {key.id for key in keys if (await exchange(service, gateway, key)).status_code == 200} == kept
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["all", "some"])
+async def test_many_keys_are_given_back_batch_by_batch(anywhere: Service, named: bool) -> None:
+    """Each once, and none is skipped, also where some between them cannot be given back."""
+    services, at, epoch = anywhere.services, anywhere.clock.now(), 7
+    owners = [await anywhere.a_user() for _ in range(2)]
+    keys = [await a_key(anywhere, owners[number % 3 == 2]) for number in range(12)]
+    await anywhere.within(lambda tx: services.users.leap(tx, epoch))
+    assert await anywhere.within(lambda tx: services.api_keys.suspend_all(tx, at=at, earlier=(), for_good=())) == 12
+    await anywhere.within(lambda tx: services.users.end_sessions(tx, owners[1].id))
+    wanted = [key.id for number, key in enumerate(keys) if number % 3 != 2]
+    ids = [*wanted[:5], keys[2].id] if named else None
+    returned: list[str] = []
+
+    async def one_batch(tx: Transaction) -> list[str]:
+        after = returned[-1] if returned else ""
+        some = await services.api_keys.give_back(tx, at=at, epoch=epoch, ids=ids, after=after, batch=3)
+        return [key.id for key in some]
+
+    while more := await anywhere.within(one_batch):
+        assert len(more) <= 3
+        returned += more
+    assert sorted(returned) == sorted(wanted[:5] if named else wanted)
+    left = await anywhere.execute(select(api_keys.c.id).where(api_keys.c.revoked_at.is_not(None)))
+    assert {row.id for row in left} == {key.id for key in keys} - set(returned)
+
+
+async def test_a_key_that_has_expired_meanwhile_is_not_given_back(lively_url: str, at: At) -> None:
+    """It was live when it was suspended."""
+    async with live(lively_url) as service:
+        key = await a_key(
+            service, await service.a_user("ann"), "orders:read", expires_at=datetime.now(UTC) + timedelta(hours=1)
+        )
+    place = at(lively_url)
+    assert place.restored("--unnoticed")["api_keys_suspended"] == 1
+    assert len(place.cli.json("confirm-api-keys")["suspended"]) == 1
+    await write(lively_url, update(api_keys).values(expires_at=datetime.now(UTC) - timedelta(seconds=1)))
+    assert place.cli.json("confirm-api-keys", "--all")["given_back"] == []
+    assert json.loads(place.cli.run("confirm-api-keys", key.id, "--json").out)["left"] == [key.id]
 
 
 async def test_keys_that_nobody_gave_back_stay_suspended_through_a_second_restore(

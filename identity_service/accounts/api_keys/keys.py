@@ -254,25 +254,29 @@ class ApiKeys:
         return sorted(map(_key, found), key=lambda key: (str(key.owner), key.created_at, key.id))
 
     async def give_back(
-        self, tx: Transaction, *, at: datetime, epoch: int, ids: Collection[str] | None = None, batch: int = 500
+        self,
+        tx: Transaction,
+        *,
+        at: datetime,
+        epoch: int,
+        ids: Collection[str] | None = None,
+        after: str = "",
+        batch: int = 500,
     ) -> Sequence[ApiKey]:
         """
-        Let suspended keys be good again, those of `ids` or the next few of all; return those that are.
+        Let suspended keys be good again, those of `ids` or all, a batch behind the id `after`; return them by id.
 
         `at` and `epoch` are the restore's. Whose epoch has moved on since, by another password, a disabled account, a
         deleted one, gets none back: then a key that was live would have ended, or might have.
         """
-        c = api_keys.c
-        chosen = select(c.id).where(*self._can_return(at, epoch)).order_by(c.id).limit(batch)
+        c, suspended = api_keys.c, self._can_return(at, epoch)
+        chosen = select(c.id).where(*suspended, c.id > after).order_by(c.id).limit(batch)
         if ids is not None:
             chosen = chosen.where(c.id.in_(list(ids)))
-        returned = await tx.execute(
-            update(api_keys)
-            .where(c.id.in_(chosen.scalar_subquery()), c.revoked_at == at)
-            .values(revoked_at=None)
-            .returning(*_SHOWN)
-        )
-        return [_key(row) for row in returned]
+        order = list((await tx.execute(chosen)).scalars())  # the database's own, by which the next batch begins
+        returning = update(api_keys).where(c.id.in_(order), *suspended).values(revoked_at=None).returning(*_SHOWN)
+        returned = {row.id: _key(row) for row in await tx.execute(returning)}
+        return [returned[key_id] for key_id in order if key_id in returned]
 
     def _can_return(self, at: datetime, epoch: int) -> tuple[ColumnElement[bool], ...]:
         c, u, o = api_keys.c, users.c, clients.c

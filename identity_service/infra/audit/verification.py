@@ -145,8 +145,8 @@ class Verification:
         """Note what a restore has lost before `row`; an anchor from among that proves that there were such rows."""
         lost = [anchor.seq for anchor in self._anchors if anchor.seq < row.seq]
         del self._anchors[: len(lost)]
-        known = [*lost, row.detail["known_to"]] if row.detail["known_to"] is not None else lost
-        last = max(known, default=None)
+        told = row.detail.get("known_to")
+        last = max(lost if told is None else [*lost, told], default=None)
         # What was known may be older than the backup: then nothing is known to be lost.
         self.gaps.append(Gap(self.seq + 1, last if last and last > self.seq else None, row.seq, row.at))
 

@@ -1,0 +1,70 @@
+"""What an exported trail comes to: the last word about each counts."""
+
+from datetime import UTC, datetime, timedelta
+from itertools import count
+
+import pytest
+
+from identity_service.cli.lost_trail import TO_LOOK_AT, Act, Since, sum_up
+from identity_service.infra.audit import EVENTS
+
+
+def acts(*said: str) -> list[Act]:
+    """Return acts, one a second, each spelled `event target`."""
+    times = count()
+    return [
+        Act(number, datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=number), *words.split())
+        for number, words in zip(times, said, strict=False)
+    ]
+
+
+def users(since: Since) -> tuple[list[str], list[str], list[str]]:
+    return since.disabled_users, since.deleted_users, since.purged_users
+
+
+@pytest.mark.parametrize(
+    ("said", "disabled", "deleted", "purged"),
+    [
+        (["disabled"], ["u"], [], []),
+        (["disabled", "enabled"], [], [], []),
+        (["enabled"], [], [], []),
+        (["enabled", "disabled"], ["u"], [], []),
+        (["deleted"], [], ["u"], []),
+        (["disabled", "deleted"], [], ["u"], []),
+        (["deleted", "restored"], [], [], []),
+        (["disabled", "deleted", "restored"], ["u"], [], []),
+        (["deleted", "restored", "disabled"], ["u"], [], []),
+        (["deleted", "purged"], [], [], ["u"]),
+        (["purged"], [], [], ["u"]),
+        (["restored"], [], [], []),
+    ],
+)
+def test_the_last_word_about_a_user_counts(
+    said: list[str], disabled: list[str], deleted: list[str], purged: list[str]
+) -> None:
+    """Being disabled and being deleted are two things: who is restored is as disabled as before."""
+    found = sum_up(acts("user.disabled v", *(f"user.{word} u" for word in said), "user.enabled v"))
+    assert users(found) == (disabled, deleted, purged)
+
+
+@pytest.mark.parametrize(
+    ("said", "disabled"),
+    [(["disabled"], ["c"]), (["disabled", "enabled"], []), (["deleted"], ["c"]), (["enabled", "disabled"], ["c"])],
+)
+def test_the_last_word_about_a_client_counts(said: list[str], disabled: list[str]) -> None:
+    """A deleted one is disabled: to forget it for good is for somebody to decide."""
+    assert sum_up(acts(*(f"client.{word} c" for word in said))).disabled_clients == disabled
+
+
+def test_what_has_ended_for_good_is_listed_in_its_order() -> None:
+    """A compromised key, and an API key that was revoked or whose secret was replaced."""
+    found = sum_up(acts("key.compromised k", "api_key.revoked a", "key.compromised l", "api_key.rotated b"))
+    assert (found.compromised, found.ended_keys) == (["k", "l"], ["a", "b"])
+    assert (found.to_look_at, users(found)) == ([], ([], [], []))
+
+
+def test_everything_to_look_at_is_an_event_that_there_is() -> None:
+    """And is handed on as it is."""
+    assert EVENTS.keys() >= TO_LOOK_AT
+    every = acts(*(f"{event} t" for event in sorted(TO_LOOK_AT)))
+    assert sum_up(every).to_look_at == every
