@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed
 export UV_PYTHON_DOWNLOADS = never
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test conformance torture prove-rotation check format bench migrate lock clean
+.PHONY: help install run test conformance torture prove-rotation soak check format bench migrate lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -43,6 +43,9 @@ torture: $(STAMP) ## Write docs/torture.json: forged and borderline tokens to tr
 
 prove-rotation: $(STAMP) ## Prove on two replicas, under load and with kills, that key rotation never hurts
 	$(BIN)/python -m tests.rotation
+
+soak: $(STAMP) ## Load two replicas for ten minutes while one thing after the other breaks (MINUTES=60, SEED=7)
+	$(BIN)/python -m tests.soak $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED))
 
 check: $(STAMP) ## Lint, format, types and import contracts
 	$(BIN)/ruff check .
