@@ -51,6 +51,9 @@ torture: $(STAMP) ## Write docs/torture.json: forged and borderline tokens to tr
 prove-rotation: $(STAMP) ## Prove on two replicas, under load and with kills, that key rotation never hurts
 	$(BIN)/python -m tests.rotation
 
+soak: $(STAMP) ## Load two replicas for ten minutes while one thing after the other breaks (MINUTES=60, SEED=7)
+	$(BIN)/python -m tests.soak $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED))
+
 check: $(STAMP) ## Lint, format, types, import contracts, licences, bad versions, secrets, workflows
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

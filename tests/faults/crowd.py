@@ -1,6 +1,7 @@
 """Everybody who uses the service while something breaks: people, machines, an operator, newcomers, and who looks on."""
 
 import asyncio
+import itertools
 import random
 import secrets
 import time
@@ -11,7 +12,7 @@ from typing import Any, Final, final
 
 from sqlalchemy import select
 
-from identity_service.accounts.users import User
+from identity_service.infra.database import DatabaseUnavailable
 from identity_service.infra.tables import users
 from tests.faults.asking import Line, Where, connected
 from tests.faults.ledger import Account, Ledger
@@ -61,7 +62,7 @@ class Machine:
                 self._ledger.complain(f"a machine was refused: {told.status} {told.body}")
             return
         token = told.body["access_token"]
-        self._ledger.kids.setdefault(parts_of(token)[0]["kid"], time.monotonic())
+        self._ledger.kids[parts_of(token)[0]["kid"]] = time.monotonic()
         await self._expect(token, active=True)
         if self._chance.random() < 0.1:
             told, _ = await self._line.insist(
@@ -91,7 +92,7 @@ class Onlooker:
         """Look once."""
         if not self._replica.serving:
             return
-        needed = set(self._ledger.kids)
+        needed = self._ledger.needed_kids()
         told = await self._line.ask("jwks", "GET", "/.well-known/jwks.json", at=self._replica.url)
         if told.done:
             published = {key["kid"] for key in told.body["keys"]}
@@ -121,17 +122,18 @@ class Crowd:
         *,
         habits: Mapping[str, float],
         pause: float,
+        life: int | None,
         seed: int,
     ) -> None:
         self.ledger = ledger
         self.clients = clients
-        self.people: list[Person] = []
         self._stage = stage
         self.hands = hands
         self._line = line
         self._fresh_line = fresh_line
         self._habits = habits
         self._pause = pause
+        self._life = life
         self._chance = random.Random(seed)  # noqa: S311  # nothing to guess here
         self._over = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -142,8 +144,7 @@ class Crowd:
     ) -> None:
         """Let so many come, and begin."""
         for _ in range(people):
-            name = f"p{secrets.token_hex(6)}"
-            self._people_begin(await self.hands.a_user(name), name)
+            self._begin(self._live(await self._somebody()))
         for number in range(machines):
             line = self._fresh_line if number % 2 == 0 else self._line
             machine = Machine(self.clients, line.of(f"10.1.0.{number + 1}"), self.ledger, self._child())
@@ -171,12 +172,26 @@ class Crowd:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _people_begin(self, user: User, name: str) -> None:
+    async def _live(self, person: Person) -> None:
+        """Let somebody act until all is over; whose life is over gives way to somebody else."""
+        acts = itertools.count(1)
+        while not self._over.is_set():
+            await person.act(self._habits)
+            if self._life is not None and next(acts) % self._life == 0:
+                person = await self._somebody()
+            await asyncio.sleep(self._pause)
+
+    async def _somebody(self) -> Person:
+        """Return somebody new, whose account was there before."""
+        name = f"p{secrets.token_hex(6)}"
+        try:
+            user = await self.hands.a_user(name)
+        except DatabaseUnavailable:  # in the middle of a fault; perhaps there is such an account now, perhaps not
+            await asyncio.sleep(0.2)
+            return await self._somebody()
         account = Account(user.id, name, PASSWORD)
         self.ledger.accounts.append(account)
-        person = self._person(account)
-        self.people.append(person)
-        self._begin(self._keep(lambda: person.act(self._habits), self._pause))
+        return self._person(account)
 
     def _person(self, account: Account) -> Person:
         number = len(self.ledger.accounts)
@@ -192,13 +207,21 @@ class Crowd:
         if told.done:
             account = Account(uuid.UUID(told.body["id"]), name, PASSWORD, registered=True)
         elif told.status == 409 and unsure:
-            rows = await self.hands.execute(select(users.c.id).where(users.c.username == name))
-            account = Account(rows[0].id, name, PASSWORD, registered=True)
+            account = Account(await self._id_of(name), name, PASSWORD, registered=True)
         else:
             self.ledger.complain(f"a newcomer was refused: {told.status} {told.body}")
             return
         self.ledger.accounts.append(account)
         await self._person(account).sign_in()
+
+    async def _id_of(self, name: str) -> uuid.UUID:
+        try:
+            rows = await self.hands.execute(select(users.c.id).where(users.c.username == name))
+        except DatabaseUnavailable:
+            await asyncio.sleep(0.2)
+            return await self._id_of(name)
+        found: uuid.UUID = rows[0].id
+        return found
 
     def _child(self) -> random.Random:
         return random.Random(self._chance.random())  # noqa: S311  # nothing to guess here
@@ -239,13 +262,15 @@ async def at_work(
     newcomers_every: float | None = 0.5,
     habits: Mapping[str, float] = HABITS,
     pause: float = 0.02,
+    life: int | None = None,
     where: Where | None = None,
     seed: int = 1,
 ) -> AsyncIterator[Crowd]:
     """
     Let people, machines, newcomers and onlookers work on a stage until the end of the block.
 
-    `where` says which origins they ask; by default each replica that serves. Onlookers and newcomers may stay away.
+    `where` says which origins they ask; by default each replica that serves. `life` is after how many acts a person
+    gives way to another one. Onlookers and newcomers may stay away.
     """
     ledger, chance = Ledger(), random.Random(seed)  # noqa: S311  # nothing to guess here
 
@@ -255,7 +280,7 @@ async def at_work(
     async with stage.hands() as hands, connected() as kept, connected(kept=0) as fresh:
         line, fresh_line = (Line(http, where or anywhere, ledger, "10.0.0.1", chance) for http in (kept, fresh))
         clients = await register_clients(hands)
-        crowd = Crowd(stage, hands, clients, line, fresh_line, ledger, habits=habits, pause=pause, seed=seed)
+        crowd = Crowd(stage, hands, clients, line, fresh_line, ledger, habits=habits, pause=pause, life=life, seed=seed)
         try:
             await crowd.come(people=people, machines=machines, looks_every=looks_every, newcomers_every=newcomers_every)
             yield crowd

@@ -17,11 +17,12 @@ from sqlalchemy import select, text
 
 from identity_service.accounts.refresh_families import GenuineToken
 from identity_service.infra.audit import Anchor
+from identity_service.infra.database import Transaction
 from identity_service.infra.runtime import Secret
 from identity_service.infra.tables import audit_events, refresh_families, users
 from tests.faults.asking import connected
 from tests.faults.crowd import Crowd
-from tests.faults.ledger import Account, Session
+from tests.faults.ledger import REST, Account, Ledger, Session
 from tests.faults.stage import Replica, Stage
 from tests.support.reading import key_id
 from tests.support.service import Registered, Service
@@ -129,14 +130,34 @@ async def told_and_stored(stage: Stage, crowd: Crowd) -> list[str]:
 
 async def consistent(hands: Service) -> list[str]:
     """Return what the database holds of only one half, as one snapshot shows it; true at any moment."""
-    found = []
-    async with hands.services.db.transaction() as tx:
+
+    async def look(tx: Transaction) -> list[str]:
+        found = []
         await tx.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
         for what, statement in _TOGETHER.items():
             rows = [row[0] for row in (await tx.execute(text(statement))).all()]
             if rows:
                 found.append(f"{len(rows)} {what}: {', '.join(map(str, rows[:3]))}")
-    return found
+        return found
+
+    return await hands.within(look)
+
+
+async def behind_what_was_told(hands: Service, ledger: Ledger) -> list[str]:
+    """
+    Return the live sessions of which the database knows less than their owners were told; true at any moment.
+
+    What was told is looked at first: the database may only be ahead of it.
+    """
+    told = {session.id: (len(session.tokens) - 1, session) for account in ledger.accounts for session in account.live}
+    rows = await hands.execute(select(refresh_families.c.id, refresh_families.c.generation))
+    stored = {row.id: row.generation for row in rows}
+    behind = [
+        f"{family}: told {generation}, stored {stored.get(family)}"
+        for family, (generation, session) in told.items()
+        if stored.get(family, -1) < generation and not session.over
+    ]
+    return [f"{len(behind)} sessions are behind what was told: {', '.join(behind[:3])}"] if behind else []
 
 
 # -- one account ------------------------------------------------------------------------------------------------------
@@ -267,7 +288,9 @@ async def one_live_token_each(stage: Stage, crowd: Crowd, most: int = 4) -> list
     """
     app, found = crowd.clients.app, []
     origins = [replica.url for replica in stage.serving]
-    sessions = [session for account in crowd.ledger.accounts for session in account.live]
+    sessions = [session for account in crowd.ledger.accounts for session in account.live][-most:]
+    if not all(map(crowd.ledger.rested, sessions)):
+        await asyncio.sleep(REST)
 
     async with connected() as http:
 
@@ -275,7 +298,7 @@ async def one_live_token_each(stage: Stage, crowd: Crowd, most: int = 4) -> list
             form = {"grant_type": "refresh_token", "refresh_token": token, **app.form}
             return await http.post(f"{origins[at % len(origins)]}/token", data=form)
 
-        for number, session in enumerate(sessions[:most]):
+        for number, session in enumerate(sessions):
             first = await refresh(session.tokens[-1], number)
             if first.status_code != 200:
                 found.append(f"the newest token of {session.id} is refused: {first.text}")

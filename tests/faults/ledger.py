@@ -16,6 +16,8 @@ from typing import Any, Final, final
 from tests.rotation.record import Weather
 
 _MOST_COMPLAINTS: Final = 50
+LIFE: Final = 600.0
+"""Seconds that an access token lives at most."""
 REST: Final = 1.5
 """
 Seconds of calm after which no request can still be under way that its sender has given up.
@@ -116,7 +118,7 @@ class Ledger:
         self.slowest: dict[str, float] = {}
         """The longest that an answer to each kind of request took, in seconds."""
         self.kids: dict[str, float] = {}
-        """The keys that tokens were signed with, and when each was first seen, by `time.monotonic`."""
+        """The keys that tokens were signed with, and when each was last seen, by `time.monotonic`."""
         self.complaints: list[str] = []
         """What was answered and must not have been."""
         self._calm_since = time.monotonic()
@@ -142,6 +144,11 @@ class Ledger:
             return True
         since = max(session.unsure_at, self._calm_since)
         return not self._storms and time.monotonic() - since >= REST
+
+    def needed_kids(self) -> set[str]:
+        """Return the keys of all tokens that may still be good."""
+        now = time.monotonic()
+        return {kid for kid, seen in self.kids.items() if now - seen < LIFE}
 
     def complain(self, sentence: str) -> None:
         """Note something that must not be."""

@@ -355,7 +355,7 @@ class Person:
     def _token(self, told: Told) -> str:
         """Return the access token of an answer, and note the key that it names."""
         token: str = told.body["access_token"]
-        self._ledger.kids.setdefault(parts_of(token)[0]["kid"], time.monotonic())
+        self._ledger.kids[parts_of(token)[0]["kid"]] = time.monotonic()
         return token
 
     def _complain(self, sentence: str) -> None:

@@ -119,6 +119,14 @@ class Replica:
         """Where its probes and metrics are served."""
         return self._management_port
 
+    async def ready(self, http: httpx2.AsyncClient) -> bool:
+        """Return whether it says that it is ready."""
+        try:
+            answer = await http.get(f"http://127.0.0.1:{self._management_port}/readyz")
+        except httpx2.TransportError:  # it has just ended
+            return False
+        return answer.status_code == 200
+
     async def published(self) -> set[str]:
         """Return the keys in its JWKS."""
         async with httpx2.AsyncClient(trust_env=False, timeout=_PATIENCE) as http:
@@ -266,11 +274,10 @@ class Stage:
         """Wait until every replica that serves says that it is ready; raises StageFailed."""
         deadline = time.monotonic() + _PATIENCE
         async with httpx2.AsyncClient(trust_env=False, timeout=_PATIENCE) as http:
-            for replica in self.serving:
-                while (await http.get(f"http://127.0.0.1:{replica.management_port}/readyz")).status_code != 200:
-                    if time.monotonic() > deadline:
-                        raise StageFailed(f"{replica.name} does not get well again")
-                    await asyncio.sleep(0.05)
+            while not all([await replica.ready(http) for replica in self.serving]):
+                if time.monotonic() > deadline:
+                    raise StageFailed("the replicas do not get well again")
+                await asyncio.sleep(0.05)
 
     async def _make_keys(self) -> None:
         async with self.hands():

@@ -12,13 +12,13 @@ import pytest
 from tests.faults.asking import connected
 from tests.faults.crowd import Crowd, at_work
 from tests.faults.invariants import one_live_token_each, told_and_stored
+from tests.faults.ledger import LIFE
 from tests.faults.stage import Replica, Stage
 from tests.faults.wrong_clock import PROGRAM
 from tests.rotation.clock import Page
 from tests.support.service import Registered
 from tests.support.tokens import parts_of
 
-LIFE = 600  # seconds; what a token's may be cut short by is a twentieth
 SETTLED = 0.7  # seconds in which nothing may be felt of a jump
 
 

@@ -23,6 +23,7 @@ from tests.support.balancer import Balancer
 from tests.support.service import PASSWORD
 
 REFRESHING = {"refresh": 1.0}
+PEOPLE = 3
 
 
 async def all_is_well(stage: Stage, crowd: Crowd) -> None:
@@ -46,17 +47,17 @@ async def test_a_replica_that_is_killed_in_mid_rotation_forks_and_loses_no_sessi
         return [victim.url if victim.serving else survivor.url]
 
     async with at_work(
-        stage, where=where, people=3, machines=0, newcomers_every=None, looks_every=None, habits=REFRESHING
+        stage, where=where, people=PEOPLE, machines=0, newcomers_every=None, looks_every=None, habits=REFRESHING
     ) as crowd:
         await crowd.busy(20)
         with crowd.ledger.storm(crash=True):
             with gate(stage, "refresh_families", moment) as connection:
-                await until(lambda: waiting(connection) == len(crowd.people), "everybody waits")
+                await until(lambda: waiting(connection) == PEOPLE, "everybody waits")
                 await asyncio.to_thread(victim.kill)
             await asyncio.sleep(0.2)
         await crowd.busy(20)
         await crowd.stop()
-        assert crowd.ledger.count("refresh", status=0) >= len(crowd.people)
+        assert crowd.ledger.count("refresh", status=0) >= PEOPLE
         victim.start()
         await all_is_well(stage, crowd)
 
@@ -85,17 +86,17 @@ async def test_who_is_told_to_leave_in_mid_rotation_still_answers(stage: Stage, 
         return [leaver.url if leaver.serving else stayer.url]
 
     async with at_work(
-        stage, where=where, people=3, machines=0, newcomers_every=None, looks_every=None, habits=REFRESHING
+        stage, where=where, people=PEOPLE, machines=0, newcomers_every=None, looks_every=None, habits=REFRESHING
     ) as crowd:
         await crowd.busy(20)
         with gate(stage, "refresh_families", moment) as connection:
-            await until(lambda: waiting(connection) == len(crowd.people), "everybody waits")
+            await until(lambda: waiting(connection) == PEOPLE, "everybody waits")
             leaving = asyncio.create_task(told_to_leave(leaver))
             await until(lambda: "service.draining" in leaver.log_text().rpartition("service.started")[2], "it leaves")
         assert await leaving == 0
         await crowd.busy(20)
         await crowd.stop()
-        assert logged_after_the_order(leaver) == [200] * len(crowd.people)
+        assert logged_after_the_order(leaver) == [200] * PEOPLE
         leaver.start()
         await all_is_well(stage, crowd)
 

@@ -31,6 +31,7 @@ class Trouble(Protocol):
 
 
 _FRESH: Final = 1.1  # seconds after which what a replica says about its readiness is no longer remembered
+_STARTS: Final = 20
 _PATIENCE: Final = 20.0  # seconds for something to come about that takes milliseconds
 COMMIT: Final = b"COMMIT"
 _END_WAITING: Final = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event = 'advisory'"
@@ -287,7 +288,31 @@ async def replica_is_killed(stage: Stage, ledger: Ledger) -> None:
     with ledger.storm(crash=True):
         await asyncio.to_thread(victim.kill)
         await asyncio.sleep(0.3)
-        await asyncio.to_thread(victim.start)
+        await _started(victim, ledger)
+
+
+async def replica_leaves(stage: Stage, ledger: Ledger) -> None:
+    """One replica is told to leave, as at the rollout of a new version, and another one comes: nobody notices."""
+    leaver = stage.serving[-1]
+    with ledger.storm():
+        leaver.serving = False  # nobody is sent there any more
+        if (code := await asyncio.to_thread(leaver.leave)) != 0:
+            ledger.complain(f"a replica that was told to leave ended with {code}")
+        await _started(leaver, ledger)
+
+
+async def _started(replica: Replica, ledger: Ledger) -> None:
+    """Start a replica, again when it cannot because something else is away, as a platform does."""
+    for _ in range(_STARTS):
+        try:
+            await asyncio.to_thread(replica.start)
+        except RuntimeError as refused:
+            if "Traceback" in str(refused):
+                ledger.complain(f"a start that was refused says: {refused}")
+            await asyncio.sleep(0.5)
+        else:
+            return
+    raise StageFailed(f"{replica.name} does not start again")
 
 
 async def replica_freezes(stage: Stage, ledger: Ledger) -> None:
@@ -326,6 +351,11 @@ async def keys_rotate(
             await until(lambda: connection.execute(_WAITING).fetchone() is not None, "another key waits")
 
 
+async def keys_rotate_once(stage: Stage, ledger: Ledger) -> None:
+    """One rotation."""
+    await keys_rotate(stage, ledger, rotations=1)
+
+
 async def _published(connection: psycopg.Connection, replicas: Sequence[Replica]) -> str:
     """Return the waiting key once these replicas publish it."""
     async with asyncio.timeout(_PATIENCE):
@@ -335,3 +365,13 @@ async def _published(connection: psycopg.Connection, replicas: Sequence[Replica]
                 kid: str = row[0]
                 return kid
             await asyncio.sleep(0.02)
+
+
+# -- mail -------------------------------------------------------------------------------------------------------------
+
+
+async def mail_is_silent(stage: Stage, ledger: Ledger) -> None:
+    """The mail server accepts connections and says nothing."""
+    with ledger.storm(), _healed(stage.post.network):
+        stage.post.network.blackhole()
+        await asyncio.sleep(6.0)
