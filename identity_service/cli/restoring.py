@@ -33,7 +33,7 @@ from identity_service.oauth.signing_keys.material import generate
 
 _BY_COMMAND = Actor(ACTOR)
 _TOLERANCE = timedelta(minutes=2)  # by which clocks may differ
-_PATIENCE = 10  # looks, a fifth of a second apart, until connections that are being closed are gone
+_PATIENCE = 20  # looks, a fifth of a second apart, until connections that are being closed are gone
 _UNKNOWABLE = """What was done between the backup and the restore is undone, and nobody here can know of it. Look after:
   - users and clients that were disabled or deleted: --disabled-user, --deleted-user, --disabled-client, also later
   - passwords and addresses that were changed: the old ones are back (`identity-service users force-reset`)

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import insert, select, update
 
 from identity_service.accounts.access import SUPER_ADMIN
 from identity_service.infra.database import Transaction
@@ -18,6 +18,7 @@ from identity_service.infra.installation import restore_number
 from identity_service.infra.parts import in_parts
 from identity_service.infra.tables import (
     api_keys,
+    audit_events,
     email_tokens,
     spent_bootstrap_secrets,
     users,
@@ -339,6 +340,20 @@ async def test_many_keys_are_given_back_batch_by_batch(anywhere: Service, named:
     assert sorted(returned) == sorted(wanted[:5] if named else wanted)
     left = await anywhere.execute(select(api_keys.c.id).where(api_keys.c.revoked_at.is_not(None)))
     assert {row.id for row in left} == {key.id for key in keys} - set(returned)
+
+
+async def test_the_command_goes_on_until_no_key_is_left(lively_url: str, at: At) -> None:
+    """More of them than go into one transaction; each has its row."""
+    async with live(lively_url) as service:
+        await a_key(service, await service.a_user("ann"))
+    [row] = await rows_of(lively_url, select(api_keys))
+    copies = [{**row._mapping, "id": f"{number:011}"} for number in range(600)]
+    await write(lively_url, insert(api_keys).values(copies))
+    place = at(lively_url)
+    assert place.restored("--unnoticed")["api_keys_suspended"] == 601
+    assert len(place.cli.json("confirm-api-keys", "--all")["given_back"]) == 601
+    rows = await rows_of(lively_url, select(audit_events.c.target).where(audit_events.c.event == "api_key.confirmed"))
+    assert len({row.target for row in rows}) == len(rows) == 601
 
 
 async def test_a_key_that_has_expired_meanwhile_is_not_given_back(lively_url: str, at: At) -> None:

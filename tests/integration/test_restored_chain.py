@@ -284,3 +284,21 @@ async def test_an_anchor_is_compared_with_the_one_row_of_its_place(trail: Trail)
     await trail.within(lambda tx: trail.chain.retain(tx, trail.clock.now() - timedelta(seconds=6)))
     assert [await compared(anchor) for anchor in anchors[2:5]] == [Standing.PRUNED, Standing.HELD, Standing.HELD]
     assert await compared(Anchor(4, bytes(32))) is Standing.OTHER
+
+
+# -- what of another trail is not here --------------------------------------------------------------------------------
+
+
+async def test_a_row_is_known_by_its_id_and_its_instant(trail: Trail) -> None:
+    """After a restore other rows get the ids of those that are lost."""
+    await ten(trail)
+    rows = {row.id: row.at for row in await trail.rows()}
+    later = {number: moment + timedelta(microseconds=1) for number, moment in rows.items()}
+
+    async def missing(wanted: dict[int, datetime]) -> set[int]:
+        return await trail.within(lambda tx: trail.audit.missing(tx, wanted))
+
+    assert await missing(rows) == set()
+    assert await missing(later) == set(rows)
+    assert await missing({**rows, 3: later[3], 99: rows[1]}) == {3, 99}
+    assert await missing({}) == set()

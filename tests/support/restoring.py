@@ -1,5 +1,6 @@
 """A database that was lost and restored, and the commands that put it right."""
 
+import subprocess
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -91,11 +92,12 @@ async def everything(url: str) -> list[Any]:
     return [await rows_of(url, select(table)) for table in metadata.sorted_tables]
 
 
-def wait_until_somebody_waits(url: str) -> None:
-    """Return once a session of the database waits for a lock."""
-    deadline = time.monotonic() + 30
+def somebody_waits(url: str, *, while_it_runs: "subprocess.Popen[bytes]") -> bool:
+    """Return as soon as a session of the database waits for a lock; False if the process ends before."""
     waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
     with psycopg.connect(plain(url), autocommit=True) as connection:
-        while connection.execute(waiting).fetchone() == (0,):
-            assert time.monotonic() < deadline, "nobody waits"
+        while while_it_runs.poll() is None:
+            if connection.execute(waiting).fetchone() != (0,):
+                return True
             time.sleep(0.01)
+    return False
