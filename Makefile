@@ -68,7 +68,7 @@ secrets: $(STAMP) ## Look for keys, tokens and passwords that were left in the t
 licences: $(STAMP) ## Write docs/licences.md; fails for a licence that is not allowed
 	$(BIN)/python -m supply_chain licences
 
-sbom: $(STAMP) ## Write build/sbom.cdx.json: what the server is made of, as CycloneDX
+sbom: $(STAMP) ## Write build/sbom*.cdx.json: what the server is made of, as CycloneDX
 	$(BIN)/python -m supply_chain sbom
 
 # In an environment of its own: the auditor's own dependencies are none of ours.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from supply_chain import floors, licences, sbom, secrets
 from supply_chain.audit import AuditFailed, audit
-from supply_chain.lock import REQUIREMENTS, ROOT, SERVER, BadLock, read
+from supply_chain.lock import REQUIREMENTS, ROOT, BadLock
 
 _CHECKS: dict[str, Callable[[], list[str]]] = {
     "versions": floors.faults,
@@ -23,14 +23,14 @@ def main(words: Sequence[str]) -> int:
         case ["secrets"]:
             return _report("secrets", secrets.faults)
         case ["licences"]:
-            if faults := licences.faults(read(SERVER), licences.policy()):
+            if faults := licences.faults(licences.served(), licences.policy()):
                 return _report("licences", lambda: faults)
             licences.write()
             print(f"{licences.DOCUMENT.relative_to(ROOT)} is written.")
             return 0
-        case ["sbom", *path]:
-            sbom.write(*map(Path, path))
-            print(f"{path[0] if path else sbom.SBOM.relative_to(ROOT)} is written.")
+        case ["sbom", *folder]:
+            for path in sbom.write(*map(Path, folder[:1])):
+                print(f"{path.name} is written to {path.parent}.")
             return 0
         case ["audit", *command] if command:
             return sum(_audit(path, command) for path in sorted(REQUIREMENTS.glob("*.txt"))) and 1

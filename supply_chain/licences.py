@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Final
 
-from supply_chain.lock import ROOT, SERVER, Locked, read
+from supply_chain.lock import ROOT, SERVER, SERVER_WITH_TRACES, Locked, read
 
 DOCUMENT: Final = ROOT / "docs" / "licences.md"
 _POLICY: Final = Path(__file__).with_name("licences.toml")
@@ -19,8 +19,10 @@ _CLASSIFIERS: Final = {
     "BSD License": {"BSD-2-Clause", "BSD-3-Clause"},
     "ISC License (ISCL)": {"ISC"},
     "MIT License": {"MIT"},
+    "Mozilla Public License 2.0 (MPL 2.0)": {"MPL-2.0"},
 }
 _TEXTS: Final = {
+    "3-Clause BSD License": {"BSD-3-Clause"},
     "Apache-2.0": {"Apache-2.0"},
     "Apache 2.0": {"Apache-2.0"},
     "BSD": {"BSD-2-Clause", "BSD-3-Clause"},
@@ -104,17 +106,28 @@ def _agrees(expression: str, told: str | frozenset[str]) -> bool:
     return set(re.split(" AND | OR ", expression)) <= told
 
 
+def served() -> list[Locked]:
+    """Return everything that any server is made of: the image, and what the extra `otel` adds to it."""
+    packages = {package.name: package for path in (SERVER_WITH_TRACES, SERVER) for package in read(path)}
+    return [packages[name] for name in sorted(packages)]
+
+
 def document(packages: Iterable[Locked], rules: Policy) -> str:
     """Return the list for people, which is the same on every machine."""
+    always = {package.name for package in read(SERVER)}
     lines = [
         "# Licences of what the server is made of",
         "",
-        "Written by `make licences` from `requirements/server.txt` and `supply_chain/licences.toml`; `make check`",
+        "Written by `make licences` from `requirements/server*.txt` and `supply_chain/licences.toml`; `make check`",
         "fails for a package that is not allowed, and for one that says something else of itself.",
         "",
-        "| package | version | licence |",
-        "|---|---|---|",
-        *(f"| {package.name} | {package.version} | {rules.packages[package.name]} |" for package in packages),
+        "| package | version | licence | |",
+        "|---|---|---|---|",
+        *(
+            f"| {package.name} | {package.version} | {rules.packages[package.name]} |"
+            f" {'' if package.name in always else 'only with the extra `otel` '}|"
+            for package in packages
+        ),
         "",
         "## What is allowed",
         "",
@@ -130,12 +143,12 @@ def document(packages: Iterable[Locked], rules: Policy) -> str:
 
 def write() -> None:
     """Write the list."""
-    DOCUMENT.write_text(document(read(SERVER), policy()), "utf-8")
+    DOCUMENT.write_text(document(served(), policy()), "utf-8")
 
 
 def check() -> list[str]:
     """Return what is wrong with the server's licences, and with the list if it was not written anew."""
-    packages, rules = read(SERVER), policy()
+    packages, rules = served(), policy()
     found = faults(packages, rules)
     if not found and (not DOCUMENT.exists() or DOCUMENT.read_text("utf-8") != document(packages, rules)):
         found.append(f"{DOCUMENT.relative_to(ROOT)} is not up to date: run `make licences`")

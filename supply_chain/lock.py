@@ -9,7 +9,9 @@ from typing import Final
 ROOT: Final = Path(__file__).parents[1]
 REQUIREMENTS: Final = ROOT / "requirements"
 SERVER: Final = REQUIREMENTS / "server.txt"
-"""What is installed in the image; every other file is for building, testing and auditing it."""
+"""What is installed in the image."""
+SERVER_WITH_TRACES: Final = REQUIREMENTS / "server-otel.txt"
+"""The same with the extra `otel`, to export traces. Every other file is for working on it."""
 
 _HEAD = re.compile(r"([a-z0-9][a-z0-9-]*)==([^\s;\\]+)(?: *; *([^\\]+?))?(?: *\\)?")
 _HASH = re.compile(r" +--hash=sha256:([0-9a-f]{64})(?: *\\)?")
@@ -49,7 +51,8 @@ def read(path: Path) -> list[Locked]:
             if hashed := _HASH.fullmatch(line):
                 hashes.append(hashed[1])
             elif named := _VIA.fullmatch(line):
-                via += [named[1].partition(" ")[0]] if named[1] else []
+                # One lock may be compiled within the bounds of another, which is then named as `-c file`.
+                via += [named[1].partition(" ")[0]] if named[1] and not named[1].startswith("-c ") else []
             else:
                 raise BadLock(f"{path.name}: {line!r}")
         if not hashes:

@@ -10,9 +10,11 @@ from packaging.markers import Marker
 from packaging.utils import canonicalize_name
 
 from supply_chain.licences import Policy, policy
-from supply_chain.lock import ROOT, SERVER, Locked, read
+from supply_chain.lock import ROOT, SERVER, SERVER_WITH_TRACES, Locked, read
 
-SBOM: Final = ROOT / "build" / "sbom.cdx.json"
+FOLDER: Final = ROOT / "build"
+FILES: Final = {"sbom.cdx.json": SERVER, "sbom-otel.cdx.json": SERVER_WITH_TRACES}
+"""The documents, each with the lock that it is made of."""
 _SPECIFICATION: Final = "1.6"
 # What the image runs on; what is not installed there is listed as optional, wherever the list is made.
 _IMAGE: Final = {
@@ -85,13 +87,15 @@ def _component(package: Locked, licence: str) -> dict[str, Any]:
     return found
 
 
-def text() -> str:
-    """Return the server's bill of materials."""
+def text(lock: Path = SERVER) -> str:
+    """Return the bill of materials of a server that is installed from this lock."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    return json.dumps(bill(read(SERVER), policy(), project), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(bill(read(lock), policy(), project), indent=2, ensure_ascii=False) + "\n"
 
 
-def write(path: Path = SBOM) -> None:
-    """Write it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text(), "utf-8")
+def write(folder: Path = FOLDER) -> list[Path]:
+    """Write the documents, and return where they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, lock in FILES.items():
+        (folder / name).write_text(text(lock), "utf-8")
+    return [folder / name for name in FILES]

@@ -46,9 +46,11 @@ def test_everything_is_locked_by_version_and_hash(path: Path) -> None:
     assert len(re.findall("--hash=sha256:", text)) == sum(len(package.hashes) for package in packages)
 
 
-def test_the_locks_are_the_four_that_are_known() -> None:
-    """A further one would have to be installed, audited and explained, too."""
-    assert NAMES == ["audit.txt", "build.txt", "dev.txt", "server.txt"]
+def test_the_locks_are_those_that_the_document_explains() -> None:
+    """And each is compiled by `make lock`."""
+    told = re.findall(r"^\| `(\S+\.txt)`", (ROOT / "docs" / "supply-chain.md").read_text("utf-8"), re.MULTILINE)
+    compiled = re.findall(r"-o requirements/(\S+)", (ROOT / "Makefile").read_text("utf-8"))
+    assert sorted(told) == sorted(compiled) == NAMES
 
 
 @pytest.mark.parametrize("path", LOCKS, ids=NAMES)
@@ -154,8 +156,9 @@ def test_every_licence_is_allowed_and_the_list_is_up_to_date() -> None:
 
 def test_what_was_written_down_is_what_the_packages_say() -> None:
     """Of every package that is installed here, and that is each but for those of other platforms."""
-    unseen = {package.name for package in read(SERVER) if licences.told_by_itself(package) is None}
-    assert unseen <= {package.name for package in read(SERVER) if package.marker is not None}
+    everything = licences.served()
+    unseen = {package.name for package in everything if licences.told_by_itself(package) is None}
+    assert unseen <= {package.name for package in everything if package.marker is not None}
     assert licences.told_by_itself(Locked("typer", "0.0.1", None, (), ())) is None
 
 
@@ -205,23 +208,30 @@ def test_a_package_that_nobody_has_looked_at_is_refused_and_one_that_is_gone_is_
 # -- the bill of materials --------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=sbom.FILES.values(), ids=sbom.FILES.keys())
+def lock(request: pytest.FixtureRequest) -> Path:
+    """Each lock that a server is installed from."""
+    found: Path = request.param
+    return found
+
+
 @pytest.fixture
-def bill() -> dict[str, Any]:
-    """The server's bill of materials."""
-    found: dict[str, Any] = json.loads(sbom.text())
+def bill(lock: Path) -> dict[str, Any]:
+    """The bill of materials of what is installed from it."""
+    found: dict[str, Any] = json.loads(sbom.text(lock))
     return found
 
 
 @pytest.mark.case("DEP-04")
-def test_the_bill_of_materials_is_valid_cyclonedx() -> None:
+def test_the_bill_of_materials_is_valid_cyclonedx(lock: Path) -> None:
     """By the schema of its specification, strictly; and a licence that nobody knows would not be."""
     validator = JsonStrictValidator(SchemaVersion.V1_6)
-    assert validator.validate_str(sbom.text()) is None
-    assert validator.validate_str(sbom.text().replace('"id": "ISC"', '"id": "Mine"')) is not None
+    assert validator.validate_str(sbom.text(lock)) is None
+    assert validator.validate_str(sbom.text(lock).replace('"id": "ISC"', '"id": "Mine"')) is not None
 
 
 @pytest.mark.case("DEP-04")
-def test_the_bill_of_materials_names_everything_that_is_locked(bill: dict[str, Any]) -> None:
+def test_the_bill_of_materials_names_everything_that_is_locked(bill: dict[str, Any], lock: Path) -> None:
     """With version, licence and the digest of every file."""
     rules = licences.policy()
     told = {
@@ -236,7 +246,7 @@ def test_the_bill_of_materials_names_everything_that_is_locked(bill: dict[str, A
     }
     assert told == {
         (each.name, each.version, f"pkg:pypi/{each.name}@{each.version}", rules.packages[each.name], each.hashes)
-        for each in read(SERVER)
+        for each in read(lock)
     }
     optional = {part["name"] for part in bill["components"] if part["scope"] == "optional"}
     assert "colorama" in optional  # for Windows
@@ -266,14 +276,15 @@ def test_the_bill_of_materials_is_the_same_bytes_wherever_and_whenever_it_is_mad
     made = []
     for number, zone in enumerate(("UTC", "Pacific/Auckland")):
         environment = os.environ | {"TZ": zone, "PYTHONHASHSEED": str(number + 1), "PYTHONPATH": str(ROOT)}
-        path = tmp_path / zone.replace("/", "-") / "sbom.json"
-        program = [sys.executable, "-m", "supply_chain", "sbom", str(path)]
+        folder = tmp_path / zone.replace("/", "-")
+        program = [sys.executable, "-m", "supply_chain", "sbom", str(folder)]
         subprocess.run(program, cwd=tmp_path, env=environment, check=True, capture_output=True)
-        made.append(path.read_text("utf-8"))
-    assert made[0] == made[1] == sbom.text()
-    assert "timestamp" not in made[0]
-    assert "serialNumber" not in made[0]
-    assert str(ROOT) not in made[0]
+        made.append({path.name: path.read_text("utf-8") for path in folder.iterdir()})
+    assert made[0] == made[1] == {name: sbom.text(lock) for name, lock in sbom.FILES.items()}
+    for text in made[0].values():
+        assert "timestamp" not in text
+        assert "serialNumber" not in text
+        assert str(ROOT) not in text
 
 
 def test_the_bill_of_materials_follows_the_lock() -> None:
