@@ -7,12 +7,14 @@ FROM ${PYTHON_IMAGE} AS build
 # What a build leaves behind can be told by it: podman image prune --filter label=org.opencontainers.image.title=…
 LABEL org.opencontainers.image.title="identity-service-build"
 WORKDIR /build
+# server-otel also holds what traces need, with --build-arg REQUIREMENTS=server-otel.
+ARG REQUIREMENTS=server
 # Wheels only, each with a hash that is on record: nothing is compiled here, and nothing unknown is run.
-COPY requirements/server.txt requirements/build.txt ./
+COPY requirements/${REQUIREMENTS}.txt requirements/build.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -m venv --without-pip /app/venv \
  && python -m venv --without-pip tools \
- && python -m pip --python /app/venv install --no-compile --no-deps --only-binary=:all: --require-hashes -r server.txt \
+ && python -m pip --python /app/venv install --no-compile --no-deps --only-binary=:all: --require-hashes -r "${REQUIREMENTS}.txt" \
  && python -m pip --python tools install --no-compile --no-deps --only-binary=:all: --require-hashes -r build.txt
 WORKDIR /build/source
 COPY LICENSE README.md pyproject.toml ./
