@@ -403,6 +403,28 @@ async def test_a_session_that_ends_in_mid_transaction_loses_nothing(pooled: Serv
 
 
 @pytest.mark.case("OPS-03")
+async def test_a_network_that_breaks_behind_the_pooler_in_mid_transaction_loses_nothing(database_url: str) -> None:
+    """The pooler says that its server is gone, and nothing was committed: the service tries again, and rotates once."""
+    give_defaults(database_url)
+    with (
+        FaultProxy.before(database_url) as network,
+        PgBouncer(network.through(database_url), default_pool_size=str(SESSIONS)) as pooler,
+    ):
+        settings = test_settings(pooler.through(database_url), database_pooler="transaction", key_poll=5)
+        async with running(settings) as service:
+            client, user = await service.a_client(), await service.a_user()
+            token = (await service.sign_in(client, user))["refresh_token"]
+            async with stuck(database_url, lambda: service.refresh(client, token)) as (watcher, asking, first):
+                network.cut()
+                await waiting(watcher, other_than=first)
+            answer = await asking
+            assert answer.status_code == 200, answer.text
+            (family,) = await service.family_rows()
+            assert (family.generation, family.revoked_at) == (1, None)
+            assert (await service.refresh(client, answer.json()["refresh_token"])).status_code == 200
+
+
+@pytest.mark.case("OPS-03")
 async def test_a_pooler_that_dies_in_mid_transaction_leaves_nothing_half_done(
     pooled: Service, pooler: PgBouncer, database_url: str
 ) -> None:
