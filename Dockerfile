@@ -4,6 +4,8 @@
 ARG PYTHON_IMAGE=docker.io/library/python:3.13-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS build
+# What a build leaves behind can be told by it: podman image prune --filter label=org.opencontainers.image.title=…
+LABEL org.opencontainers.image.title="identity-service-build"
 WORKDIR /build
 # Wheels only, each with a hash that is on record: nothing is compiled here, and nothing unknown is run.
 COPY requirements/server.txt requirements/build.txt ./
@@ -53,10 +55,8 @@ STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s CMD ["python", "-c", "import os, sys; from http.client import HTTPConnection; probe = HTTPConnection('127.0.0.1', int(os.environ['IDENTITY_MANAGEMENT_PORT']), timeout=2); probe.request('GET', '/healthz'); sys.exit(probe.getresponse().status != 200)"]
 ENTRYPOINT ["/app/venv/bin/identity-service"]
 CMD ["serve"]
-ARG VERSION=unknown
-ARG REVISION=unknown
+# `make image` adds the commit, as org.opencontainers.image.revision.
 LABEL org.opencontainers.image.title="identity-service" \
       org.opencontainers.image.description="OAuth 2.0 and OpenID Connect token service" \
       org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}"
+      org.opencontainers.image.version="0.1.0"

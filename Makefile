@@ -9,6 +9,8 @@ TOOLS  := promtool nginx
 AUDIT  := $(VENV)/audit/bin
 # Whom `make audit` asks: pypi or osv.
 AUDIT_SERVICE ?= pypi
+IMAGE  ?= identity-service:dev
+REVISION := git describe --always --abbrev=40 --dirty --exclude='*'
 # Never fetch an interpreter from the network: the one that was named is the one that is used.
 export UV_PYTHON_DOWNLOADS = never
 
@@ -87,6 +89,21 @@ format: $(STAMP) ## Rewrite the code in the house format
 
 bench: $(STAMP) ## Measure speed and memory against this machine's own RSA speed
 	$(BIN)/python -m bench
+
+# Of one commit podman and buildah make the same image, bit for bit, wherever and whenever they do: every file has one
+# time, which is the same for every commit, so that layers that did not change stay as they are.
+image: ## Build the image with docker, podman or buildah (PYTHON_IMAGE=…@sha256:… pins its base, IMAGE=… names it)
+	@epoch=946684800; \
+	set -- $(if $(PYTHON_IMAGE),--build-arg "PYTHON_IMAGE=$(PYTHON_IMAGE)") $(BUILD_FLAGS) --tag "$(IMAGE)" \
+	  --label "org.opencontainers.image.revision=$$($(REVISION) 2>/dev/null || echo unknown)"; \
+	if docker version >/dev/null 2>&1; then \
+	  exec docker build --build-arg "SOURCE_DATE_EPOCH=$$epoch" "$$@" .; \
+	elif command -v podman >/dev/null; then exec podman build --timestamp "$$epoch" "$$@" .; \
+	elif command -v buildah >/dev/null; then exec buildah bud --layers --timestamp "$$epoch" "$$@" .; \
+	else echo "make image needs docker with a daemon that answers, podman, or buildah" >&2; exit 1; fi
+
+image-test: $(STAMP) ## Build the image twice and run it as the rendered manifests say (as root, with podman)
+	$(BIN)/python -m tests.deploy.image
 
 migrate: $(STAMP) ## Bring the schema up to date: of IDENTITY_DATABASE_URL, or of this machine's SQLite
 	$(BIN)/identity-service migrate $(if $(IDENTITY_DATABASE_URL),,--data-dir .data)

@@ -8,7 +8,7 @@ import tempfile
 import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.deploy.image.engine import exists, podman
@@ -25,27 +25,27 @@ _LYING_ABOUT = (
     *("identity_service/.env", "identity_service/.git/config", "identity_service/__pycache__/app.cpython-313.pyc"),
     *("identity_service/oauth/signing.pem", "migrations/.env.local", "migrations/versions/__pycache__/x.pyc"),
 )
+_EPOCH = "946684800"  # as in the Makefile: a time that never changes leaves layers that did not as they are
 _MIRROR = ("cert", "extra-index-url", "index-url", "proxy", "timeout", "trusted-host")
 _AUTHORITIES = "/etc/ssl/certs/ca-certificates.crt"
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What every build of one run shares: the base, what the labels say, and the time that files are given."""
+    """What every build of one run shares: the base, what the labels say, and the way to the package index."""
 
     base: str
     version: str
     revision: str
-    epoch: str
     mirror: tuple[str, ...]
 
     def build(self, tag: str, source: Path, *, cached: bool = True) -> str:
         """Build `tag` from the Dockerfile in `source`; return the image's id. Raises Impossible."""
-        named = {"PYTHON_IMAGE": self.base, "VERSION": self.version, "REVISION": self.revision}
         ended = podman(
-            *("build", "--isolation", "chroot", "--pull=never", "--format", "oci", "--timestamp", self.epoch),
+            *("build", "--isolation", "chroot", "--pull=never", "--format", "oci", "--timestamp", _EPOCH),
             *(() if cached else ("--no-cache",)),
-            *(word for name, value in named.items() for word in ("--build-arg", f"{name}={value}")),
+            *("--build-arg", f"PYTHON_IMAGE={self.base}"),
+            *("--label", f"org.opencontainers.image.revision={self.revision}"),
             *self.mirror,
             *("--quiet", "--tag", tag, "--file", str(source / "Dockerfile"), str(source)),
         )
@@ -70,29 +70,26 @@ def recipe() -> Iterator[Recipe]:
         yield Recipe(
             base=base,
             version=project["version"],
-            revision=_git("rev-parse", "HEAD") or "unknown",
-            epoch=_git("log", "-1", "--format=%ct") or "946684800",
+            revision=_revision(),
             mirror=tuple(_mirror(Path(folder))),
         )
 
 
 @contextmanager
-def copy_of_the_source(**edits: tuple[str, str]) -> Iterator[Path]:
+def copy_of_the_source(*edits: tuple[str, str, str]) -> Iterator[Path]:
     """
     Yield a copy of what an image is made of, at another path, with other modes and times, and littered with canaries.
 
-    `edits` are replacements in files of it, as (old, new), by the file's name without its dots: `Dockerfile=…`.
+    `edits` are replacements in files of it: (file, old, new).
     """
     with tempfile.TemporaryDirectory(prefix="identity-source-") as folder:
         copy = Path(folder) / "elsewhere"
         for name in _NEEDED_FOLDERS:
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in _NEEDED:
-            text = (ROOT / name).read_text("utf-8")
-            old, new = edits.get(name.replace(".", ""), ("", ""))
-            if old not in text:
-                raise Impossible(f"{name} no longer has what should be replaced in it: {old!r}")
-            (copy / name).write_text(text.replace(old, new, 1) if old else text, "utf-8")
+            shutil.copy(ROOT / name, copy / name)
+        for edit in edits:
+            replace_in(copy, *edit)
         for name in _LYING_ABOUT:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).write_text(f"{CANARY}\n", "utf-8")
@@ -102,9 +99,12 @@ def copy_of_the_source(**edits: tuple[str, str]) -> Iterator[Path]:
         yield copy
 
 
-def with_base(made: Recipe, base: str) -> Recipe:
-    """Return the recipe on another base."""
-    return replace(made, base=base)
+def replace_in(folder: Path, name: str, old: str, new: str) -> None:
+    """Replace the first occurrence in a file; raises Impossible if there is none."""
+    text = (folder / name).read_text("utf-8")
+    if old not in text:
+        raise Impossible(f"{name} no longer has what should be replaced in it: {old!r}")
+    (folder / name).write_text(text.replace(old, new, 1), "utf-8")
 
 
 def _mirror(folder: Path) -> Sequence[str]:
@@ -126,6 +126,8 @@ def _mirror(folder: Path) -> Sequence[str]:
     return flags
 
 
-def _git(*words: str) -> str:
-    ended = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
-    return ended.stdout.strip()
+def _revision() -> str:
+    """Return the commit, as `make image` does."""
+    words = ("git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
+    ended = subprocess.run(words, capture_output=True, text=True)
+    return ended.stdout.strip() or "unknown"

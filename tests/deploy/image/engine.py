@@ -45,6 +45,16 @@ def exists(image: str) -> bool:
     return podman("image", "exists", image).returncode == 0
 
 
+def discard(image: str) -> None:
+    """Take a name from an image, and remove it with the layers that no other has if it was the last one."""
+    podman("rmi", image)  # by force, it would take the containers of an image that has another name still
+
+
+def tidy() -> None:
+    """Remove what builds of the Dockerfile's first stage have left behind."""
+    podman("image", "prune", "--force", "--filter", "label=org.opencontainers.image.title=identity-service-build")
+
+
 def limits() -> Sequence[str]:
     """Return the flags for files and processes that this machine can grant; podman's own default may be too many."""
     flags = []

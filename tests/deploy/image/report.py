@@ -1,6 +1,5 @@
 """What was checked, and what came of it: one line for each fact."""
 
-import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
@@ -21,11 +20,14 @@ class Report:
     """
     Collects the facts that did not hold, and prints each one as it is checked.
 
-    A fact has a key of its own, by which a mutant names the check that must see it.
+    A fact has a key of its own, by which a mutant names the check that must see it. Where only that one matters,
+    nothing is tried after it (`until`), and nothing is printed (`quiet`).
     """
 
     failed: list[str] = field(default_factory=list)
     passed: int = 0
+    until: str = ""
+    quiet: bool = False
 
     @contextmanager
     def check(self, key: str, row: str, fact: str, *, needed: bool = False) -> Iterator[list[str]]:
@@ -37,15 +39,23 @@ class Report:
         seen: list[str] = []
         try:
             yield seen
-        except (NotSo, OSError, subprocess.SubprocessError) as reason:
+        except Impossible:
+            raise
+        except Exception as reason:  # an answer in a form that nobody expected is an answer that is wrong
             self.failed.append(key)
             told = str(reason) if isinstance(reason, NotSo) else traceback.format_exc().strip()
-            say(f"FAILED  {row:7} {fact} [{key}]\n        " + told.replace("\n", "\n        "))
+            self._say(f"FAILED  {row:7} {fact} [{key}]\n        " + told.replace("\n", "\n        "))
             if needed:
                 raise NotSo(fact) from None
         else:
             self.passed += 1
-            say(f"ok      {row:7} {fact}" + (f" ({', '.join(seen)})" if seen else ""))
+            self._say(f"ok      {row:7} {fact}" + (f" ({', '.join(seen)})" if seen else ""))
+        if key == self.until:
+            raise NotSo("what follows is not tried")
+
+    def _say(self, line: str) -> None:
+        if not self.quiet:
+            say(line)
 
 
 def require(holds: object, otherwise: str) -> None:
