@@ -46,8 +46,8 @@ def exists(image: str) -> bool:
 
 
 def discard(image: str) -> None:
-    """Remove an image, and the layers that no other image has."""
-    podman("rmi", "--force", image)
+    """Take a name from an image, and remove it with the layers that no other has if it was the last one."""
+    podman("rmi", image)  # by force, it would take the containers of an image that has another name still
 
 
 def tidy() -> None:
