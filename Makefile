@@ -61,17 +61,17 @@ check: $(STAMP) ## Lint, format, types, import contracts, licences, bad versions
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m supply_chain check
+	$(BIN)/python -m tests.supply_chain check
 	$(BIN)/zizmor --offline --persona=auditor --no-progress --quiet .github
 
 secrets: $(STAMP) ## Look for keys, tokens and passwords that were left in the tree
-	$(BIN)/python -m supply_chain secrets
+	$(BIN)/python -m tests.supply_chain secrets
 
 licences: $(STAMP) ## Write docs/licences.md; fails for a licence that is not allowed
-	$(BIN)/python -m supply_chain licences
+	$(BIN)/python -m tests.supply_chain licences
 
 sbom: $(STAMP) ## Write build/sbom*.cdx.json: what the server is made of, as CycloneDX
-	$(BIN)/python -m supply_chain sbom
+	$(BIN)/python -m tests.supply_chain sbom
 
 # In an environment of its own: the auditor's own dependencies are none of ours.
 audit: $(STAMP) ## Ask for known vulnerabilities of everything that is locked; needs the network
@@ -81,7 +81,7 @@ audit: $(STAMP) ## Ask for known vulnerabilities of everything that is locked; n
 	else \
 	  $(AUDIT)/python -m pip install -q --require-hashes -r requirements/audit.txt; \
 	fi
-	$(BIN)/python -m supply_chain audit $(AUDIT)/pip-audit --vulnerability-service $(AUDIT_SERVICE)
+	$(BIN)/python -m tests.supply_chain audit $(AUDIT)/pip-audit --vulnerability-service $(AUDIT_SERVICE)
 
 format: $(STAMP) ## Rewrite the code in the house format
 	$(BIN)/ruff check --fix .

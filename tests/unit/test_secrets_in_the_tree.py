@@ -16,12 +16,12 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from identity_service.infra.runtime.envelope import new_master_key
-from supply_chain import secrets
-from supply_chain.lock import ROOT
+from tests.supply_chain import secrets
+from tests.supply_chain.lock import ROOT
 from tests.support.tokens import compact
 
 LETTERS = "".join(map(randomness.choice, 40 * [string.ascii_letters + string.digits]))
-ALLOWED = ROOT / "supply_chain" / "secrets.toml"
+ALLOWED = ROOT / "tests" / "supply_chain" / "secrets.toml"
 
 
 def pem() -> str:

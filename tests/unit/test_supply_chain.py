@@ -17,8 +17,8 @@ import pytest
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
-from supply_chain import floors, licences, sbom
-from supply_chain.lock import REQUIREMENTS, ROOT, SERVER, BadLock, Locked, read
+from tests.supply_chain import floors, licences, sbom
+from tests.supply_chain.lock import REQUIREMENTS, ROOT, SERVER, BadLock, Locked, read
 
 LOCKS = sorted(REQUIREMENTS.glob("*.txt"))
 NAMES = [path.name for path in LOCKS]
@@ -277,7 +277,7 @@ def test_the_bill_of_materials_is_the_same_bytes_wherever_and_whenever_it_is_mad
     for number, zone in enumerate(("UTC", "Pacific/Auckland")):
         environment = os.environ | {"TZ": zone, "PYTHONHASHSEED": str(number + 1), "PYTHONPATH": str(ROOT)}
         folder = tmp_path / zone.replace("/", "-")
-        program = [sys.executable, "-m", "supply_chain", "sbom", str(folder)]
+        program = [sys.executable, "-m", "tests.supply_chain", "sbom", str(folder)]
         subprocess.run(program, cwd=tmp_path, env=environment, check=True, capture_output=True)
         made.append({path.name: path.read_text("utf-8") for path in folder.iterdir()})
     assert made[0] == made[1] == {name: sbom.text(lock) for name, lock in sbom.FILES.items()}

@@ -11,7 +11,7 @@ import typer
 import yaml
 
 from identity_service.cli import app
-from supply_chain.lock import ROOT
+from tests.supply_chain.lock import ROOT
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 BIN = Path(sys.executable).parent
@@ -122,7 +122,7 @@ def test_make_check_does_all_that_needs_no_network() -> None:
     """Who runs it locally hears what CI would say."""
     recipe = re.search(r"^check:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
     assert recipe is not None
-    assert "-m supply_chain check" in recipe[1]
+    assert "-m tests.supply_chain check" in recipe[1]
     assert "zizmor --offline --persona=auditor" in recipe[1]
     assert "audit " not in recipe[1].replace("=auditor ", "")
 

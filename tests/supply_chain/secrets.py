@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from supply_chain.lock import ROOT
+from tests.supply_chain.lock import ROOT
 
 _ALLOWED: Final = Path(__file__).with_name("secrets.toml")
 _BEFORE, _AFTER = r"(?<![0-9A-Za-z])", r"(?![0-9A-Za-z])"

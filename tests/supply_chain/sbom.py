@@ -9,8 +9,8 @@ from typing import Any, Final
 from packaging.markers import Marker
 from packaging.utils import canonicalize_name
 
-from supply_chain.licences import Policy, policy
-from supply_chain.lock import ROOT, SERVER, SERVER_WITH_TRACES, Locked, read
+from tests.supply_chain.licences import Policy, policy
+from tests.supply_chain.lock import ROOT, SERVER, SERVER_WITH_TRACES, Locked, read
 
 FOLDER: Final = ROOT / "build"
 FILES: Final = {"sbom.cdx.json": SERVER, "sbom-otel.cdx.json": SERVER_WITH_TRACES}

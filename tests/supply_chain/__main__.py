@@ -1,12 +1,12 @@
-"""`python -m supply_chain check|sbom|licences|secrets|audit`; ends with 1 where something is wrong."""
+"""`python -m tests.supply_chain check|sbom|licences|secrets|audit`; ends with 1 where something is wrong."""
 
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from supply_chain import floors, licences, sbom, secrets
-from supply_chain.audit import AuditFailed, audit
-from supply_chain.lock import REQUIREMENTS, ROOT, BadLock
+from tests.supply_chain import floors, licences, sbom, secrets
+from tests.supply_chain.audit import AuditFailed, audit
+from tests.supply_chain.lock import REQUIREMENTS, ROOT, BadLock
 
 _CHECKS: dict[str, Callable[[], list[str]]] = {
     "versions": floors.faults,

@@ -14,7 +14,7 @@ from typing import Any
 
 from packaging.utils import canonicalize_name
 
-from supply_chain.lock import Locked, read
+from tests.supply_chain.lock import Locked, read
 
 
 class AuditFailed(Exception):

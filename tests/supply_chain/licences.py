@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Final
 
-from supply_chain.lock import ROOT, SERVER, SERVER_WITH_TRACES, Locked, read
+from tests.supply_chain.lock import ROOT, SERVER, SERVER_WITH_TRACES, Locked, read
 
 DOCUMENT: Final = ROOT / "docs" / "licences.md"
 _POLICY: Final = Path(__file__).with_name("licences.toml")
@@ -118,8 +118,8 @@ def document(packages: Iterable[Locked], rules: Policy) -> str:
     lines = [
         "# Licences of what the server is made of",
         "",
-        "Written by `make licences` from `requirements/server*.txt` and `supply_chain/licences.toml`; `make check`",
-        "fails for a package that is not allowed, and for one that says something else of itself.",
+        "Written by `make licences` from `requirements/server*.txt` and `tests/supply_chain/licences.toml`;",
+        "`make check` fails for a package that is not allowed, and for one that says something else of itself.",
         "",
         "| package | version | licence | |",
         "|---|---|---|---|",

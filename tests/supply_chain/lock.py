@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-ROOT: Final = Path(__file__).parents[1]
+ROOT: Final = Path(__file__).parents[2]
 REQUIREMENTS: Final = ROOT / "requirements"
 SERVER: Final = REQUIREMENTS / "server.txt"
 """What is installed in the image."""

@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from supply_chain.lock import REQUIREMENTS, ROOT, Locked, read
+from tests.supply_chain.lock import REQUIREMENTS, ROOT, Locked, read
 
 _FILE: Final = Path(__file__).with_name("floors.toml")
 _NEVER: Final = "never"
