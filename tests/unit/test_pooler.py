@@ -26,8 +26,9 @@ def test_each_setting_that_is_missing_or_wrong_has_its_line(name: str, found: st
     assert lines == [f'ALTER ROLE "identity_service" IN DATABASE "identity" SET {name} = \'{SESSION_SETTINGS[name]}\';']
 
 
-def test_a_timeout_may_be_shorter_than_ours() -> None:
-    assert fault(statement_timeout="1") is None
+@pytest.mark.parametrize("name", [name for name in SESSION_SETTINGS if name.endswith("timeout")])
+def test_a_timeout_may_be_shorter_than_ours(name: str) -> None:
+    assert fault(**{name: "1"}) is None
 
 
 def test_a_setting_that_is_not_told_at_all_is_missing() -> None:
