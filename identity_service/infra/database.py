@@ -18,6 +18,7 @@ from typing import Any, Self, TypeVar, final
 
 import psycopg
 import structlog
+from psycopg.pq import TransactionStatus
 from sqlalchemy import CursorResult, Dialect, Executable, Table, TextualSelect, event, func, select, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
@@ -293,8 +294,12 @@ class Transaction:
     async def _close(self, connection: AsyncConnection, failed: str | None) -> None:
         """Roll back what was not committed, and give the connection back; watched, as long as that takes."""
         try:
-            if self._driver is not None and self._driver.closed:
-                await connection.invalidate()  # or the pool would try, in vain and with a traceback, to roll it back
+            if self._driver is not None:  # the pool would say of a lost connection, with a traceback, that it is lost
+                if self._driver.info.transaction_status != TransactionStatus.IDLE:
+                    with contextlib.suppress(psycopg.Error):
+                        await self._driver.rollback()
+                if self._driver.closed:
+                    await connection.invalidate()
             await connection.close()
         finally:
             DATABASE_IN_USE.dec()
