@@ -203,7 +203,7 @@ async def test_a_copied_file_of_sqlite_goes_unnoticed(sqlite_url: str, tmp_path:
     """As the documents say."""
     shutil.copy(tmp_path / "identity.db", tmp_path / "copy.db")
     assert await at_home(sqlite_url.replace("identity.db", "copy.db"))
-    downgrade(sqlite_url)
+    downgrade(sqlite_url, "0004")
     assert await look(sqlite_url) is None
 
 
