@@ -61,7 +61,12 @@ IN_IMAGES = (
         (".dockerignore", "**/.*\n", ""),
     ),
     _image("scripts", "the libraries' programs stay", "-type f ! -name identity-service", "-type f -name nothing"),
-    _image("locked", "a library comes in that is not on the list", "-r server.txt", "-r server.txt -r build.txt"),
+    _image(
+        "locked",
+        "a library comes in that is not on the list",
+        '${REQUIREMENTS}.txt"',
+        '${REQUIREMENTS}.txt" -r build.txt',
+    ),
     _image("bytecode", "bytecode depends on a time", "--invalidation-mode checked-hash", "-f"),
     _image("bytecode", "there is no bytecode of our own", "print(*identity_service.__path__)", 'print("/app/none")'),
     Fault(

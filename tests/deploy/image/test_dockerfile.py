@@ -6,6 +6,7 @@ import tomllib
 import pytest
 
 from tests.deploy.image.building import ROOT
+from tests.deploy.image.faults import IN_IMAGES, IN_IMAGES_THAT_RUN, IN_MANIFESTS
 from tests.deploy.image.stand_in import base_of
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text("utf-8")
@@ -45,10 +46,18 @@ def test_only_what_is_named_gets_near_a_build() -> None:
     wanted = ("LICENSE", "README.md", "pyproject.toml", "identity_service", "migrations")
     assert [line for line in lines if line.startswith("!")] == [
         *(f"!{name}" for name in wanted),
-        *("!requirements/build.txt", "!requirements/server.txt"),
+        *("!requirements/build.txt", "!requirements/server.txt", "!requirements/server-otel.txt"),
     ]
 
 
 def test_the_place_of_building_has_left_no_trace() -> None:
     """A mirror, a proxy and their authorities belong to whoever builds."""
     assert not re.search(r"(?i)proxy|index-url|trusted-host|\.crt|\.pem|ssl_cert|pip\.conf", DOCKERFILE)
+
+
+def test_every_fault_can_still_be_made() -> None:
+    """A mutant whose text has gone from its file would prove nothing, and only be noticed when the mutants are run."""
+    for fault in (*IN_IMAGES, *IN_IMAGES_THAT_RUN, *IN_MANIFESTS):
+        for name, old, _ in fault.edits:
+            place = ROOT / "deploy" / name if fault in IN_MANIFESTS else ROOT / name
+            assert old in place.read_text("utf-8"), f"{fault.what}: {name}"
