@@ -15,7 +15,7 @@ from sqlalchemy import Connection, Engine, NullPool, create_engine, event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 
-from identity_service.infra.pooler import refuse_poolers, startup_options
+from identity_service.infra.database.pooler import refuse_poolers, startup_options
 
 if TYPE_CHECKING:
     from alembic.config import Config

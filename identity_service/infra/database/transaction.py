@@ -1,107 +1,42 @@
-"""
-The database: one engine, one way to a transaction, and infrastructure trouble told apart from every other answer.
-
-PostgreSQL is what the service runs on; SQLite is the embedded default for one machine and one process.
-"""
+"""One transaction: its statements, its named locks, and an end for a server that owes an answer too long."""
 
 import asyncio
 import contextlib
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cache
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar, final
+from typing import Any, Final, Self, final
 
 import psycopg
 import structlog
 from psycopg.pq import TransactionStatus
-from sqlalchemy import CursorResult, Dialect, Executable, Table, TextualSelect, event, func, select, text
+from sqlalchemy import CursorResult, Dialect, Executable, Table, TextualSelect, func, select
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from identity_service.infra import pooler
+from identity_service.infra.database.failures import DatabaseUnavailable, TransactionConflict, translate
 from identity_service.infra.runtime import to_its_end
 from identity_service.infra.tables import locks
 from identity_service.infra.telemetry import Span, child_span
-from identity_service.infra.telemetry.metrics import (
-    DATABASE_ERRORS,
-    DATABASE_IN_USE,
-    DATABASE_POOL_SIZE,
-    DATABASE_WAIT,
-)
+from identity_service.infra.telemetry.metrics import DATABASE_ERRORS, DATABASE_IN_USE, DATABASE_WAIT
 
 log = structlog.get_logger(__name__)
 
-Answer = TypeVar("Answer")
 Parameters = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
-# SQLSTATE classes and codes that speak of the server's state, never of our statement (PostgreSQL, appendix A).
-_UNAVAILABLE_CLASSES = ("08", "53", "57", "58")
-_UNAVAILABLE_CODES = ("25006", "55P03", "25P03")
-_CONFLICT_CODES = ("40001", "40P01")
-# Seconds for one answer of PostgreSQL, and for a connection to it. It bounds its own statements more tightly, so this
-# ends only what hears nothing at all: a network that swallows everything, behind a balancer that keeps on accepting.
-_PATIENCE = 7.0
+PATIENCE: Final = 7.0
+"""
+Seconds for one answer of PostgreSQL, and for a connection to it.
 
-
-class DatabaseUnavailable(Exception):
-    """The database cannot answer now; nothing was committed by this transaction, or nobody knows. Never "not found"."""
-
-    kind = "unavailable"
-    """What the metrics call it."""
-
-
-class PoolExhausted(DatabaseUnavailable):
-    """Every connection is busy, and stayed so for as long as a request waits; the database itself may be well."""
-
-    kind = "pool_exhausted"
-
-
-class TransactionConflict(DatabaseUnavailable):
-    """The transaction lost to another one or its connection died before COMMIT: it left no trace, and may run again."""
-
-    kind = "conflict"
-
-
-def _translate(error: Exception, *, committing: bool) -> Exception:
-    """Return the error that callers shall see: ours for trouble with the server, the driver's own for a fault in us."""
-    if isinstance(error, PoolTimeout):
-        return PoolExhausted("no connection was free")
-    if isinstance(error, OSError):
-        return DatabaseUnavailable(type(error).__name__)
-    if isinstance(error, psycopg.Error):
-        cause: BaseException | None = error
-        lost = isinstance(error, psycopg.OperationalError) and error.sqlstate is None
-    elif isinstance(error, DBAPIError) and not isinstance(error, IntegrityError):
-        cause, lost = error.orig, error.connection_invalidated
-    else:
-        return error
-    if (sqlite_code := getattr(cause, "sqlite_errorcode", None)) is not None:
-        # Busy, full, read-only, I/O trouble are the machine's; 1 (SQLITE_ERROR) is a statement that makes no sense.
-        return error if sqlite_code == 1 else DatabaseUnavailable(getattr(cause, "sqlite_errorname", "sqlite"))
-    if pooler.has_nothing_to_lend(cause):
-        return PoolExhausted("the pooler had no session to lend")
-    code = getattr(cause, "sqlstate", None) or ""
-    if code in _CONFLICT_CODES:
-        return TransactionConflict(code)
-    lost = lost or code.startswith(("08", "57P"))  # 08: what a pooler says when it has lost the server
-    if lost and not committing:
-        return TransactionConflict(code or "connection lost")
-    if (
-        lost
-        or code.startswith(_UNAVAILABLE_CLASSES)
-        or code in _UNAVAILABLE_CODES
-        or (not code and isinstance(error, OperationalError | InterfaceError))
-    ):
-        return DatabaseUnavailable(code or type(cause).__name__)
-    return error
+It bounds its own statements more tightly, so this ends only what hears nothing at all: a network that swallows
+everything, behind a balancer that keeps on accepting.
+"""
 
 
 @cache
@@ -124,7 +59,7 @@ class Transaction:
         "_watch",
     )
 
-    def __init__(self, engine: AsyncEngine, patience: float = _PATIENCE) -> None:
+    def __init__(self, engine: AsyncEngine, patience: float = PATIENCE) -> None:
         """`patience` is how many seconds PostgreSQL may take to answer one statement, a commit or a connection."""
         self._engine = engine
         self._patience = patience
@@ -246,7 +181,7 @@ class Transaction:
 
     def _translated(self, error: Exception, *, committing: bool) -> Exception:
         """Translate a failure. What was lost to silence is not tried again: that would take as long once more."""
-        translated = _translate(error, committing=committing)
+        translated = translate(error, committing=committing)
         if self._silent and isinstance(translated, TransactionConflict):
             translated = DatabaseUnavailable("no answer")
         if isinstance(translated, DatabaseUnavailable):
@@ -308,137 +243,3 @@ class Transaction:
             self._connection = self._driver = self._span = None
             if self._watch is not None:
                 self._watch.cancel()
-
-
-@final
-class Database:
-    """The engine and its pool. `transaction()` is the only way in."""
-
-    def __init__(
-        self,
-        url: str,
-        *,
-        pool_size: int = 10,
-        pool_timeout: float = 2.0,
-        patience: float = _PATIENCE,
-        options: Mapping[str, str] | None = None,
-        pooled: bool = False,
-    ) -> None:
-        """
-        Prepare the engine; nothing connects yet.
-
-        `pool_timeout` is in seconds: how long a request waits for a connection before it hears 503. `patience` as well:
-        how long PostgreSQL may owe an answer before the connection is given up, and the request hears 503. `pooled`
-        says that a pooler in transaction mode answers at the address: then the role's defaults stand for `options`.
-        """
-        self.url = make_url(url)
-        self._patience = patience
-        self._pooled = pooled and not self.on_sqlite
-        if self.on_sqlite:
-            if self.url.database:
-                Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
-            self.engine = create_async_engine(self.url, hide_parameters=True, connect_args={"timeout": 5})
-            _prepare_sqlite(self.engine)
-        else:
-            DATABASE_POOL_SIZE.set(pool_size)
-            self.engine = create_async_engine(
-                self.url,
-                hide_parameters=True,
-                pool_size=pool_size,
-                max_overflow=0,
-                pool_timeout=pool_timeout,
-                pool_recycle=1800,
-                connect_args={
-                    "connect_timeout": 3,
-                    # A server that vanishes without a word is noticed within seconds, also by who waits for its answer.
-                    "tcp_user_timeout": 5000,
-                    "keepalives_idle": 5,
-                    "keepalives_interval": 2,
-                    "keepalives_count": 3,
-                    "application_name": "identity-service",
-                    **(_THROUGH_A_POOLER if self._pooled else _directly(options or {})),
-                },
-            )
-
-    @property
-    def on_sqlite(self) -> bool:
-        """Whether this is the embedded database."""
-        return self.url.get_backend_name() == "sqlite"
-
-    def transaction(self) -> Transaction:
-        """Return a transaction to enter: it commits at the end of the block and rolls back on an exception."""
-        return Transaction(self.engine, self._patience)
-
-    async def run(self, work: Callable[[Transaction], Awaitable[Answer]], *, attempts: int = 3) -> Answer:
-        """
-        Return what `work` makes of a transaction, after it was committed; run it again when it left no trace.
-
-        A transaction that lost a deadlock, or whose connection died before COMMIT, is repeated at most `attempts`
-        times in all. After that, and whenever nobody can know whether it was committed: DatabaseUnavailable.
-        """
-        while True:
-            attempts -= 1
-            try:
-                async with self.transaction() as tx:
-                    answer = await work(tx)
-            except TransactionConflict as conflict:
-                if attempts <= 0:
-                    raise
-                log.info("transaction.repeated", reason=str(conflict))
-                await asyncio.sleep(0.01)
-            else:
-                return answer
-
-    async def fault(self) -> str | None:
-        """Return what must be changed about the role before it can be used through a pooler; None if nothing."""
-        if not self._pooled:
-            return None
-        async with self.transaction() as tx:
-            rows = (await tx.execute(pooler.DEFAULTS)).all()
-        return pooler.defaults_fault(
-            {row.name: row.setting for row in rows}, role=rows[0].role, database=rows[0].database
-        )
-
-    async def revision(self) -> str | None:
-        """Return the schema's revision, or None for a database that was never migrated."""
-        try:
-            async with self.transaction() as tx:
-                found: str | None = (
-                    await tx.execute(text("SELECT max(version_num) FROM alembic_version"))
-                ).scalar_one()
-                return found
-        except DBAPIError:
-            return None
-
-    async def close(self) -> None:
-        """Close every pooled connection."""
-        await self.engine.dispose()
-
-
-# A statement that was prepared in one session is unknown in the next, or is another one.
-_THROUGH_A_POOLER: Mapping[str, Any] = {"prepare_threshold": None}
-
-
-def _directly(options: Mapping[str, str]) -> Mapping[str, Any]:
-    """Return how to connect to PostgreSQL itself, and to nothing else."""
-    settings = {**pooler.SESSION_SETTINGS, **options}
-    return {"options": pooler.startup_options(settings), "async_creator_fn": pooler.open_directly}
-
-
-def _prepare_sqlite(engine: AsyncEngine) -> None:
-    """Set the write-ahead log, foreign keys, a clock, and transactions that take the write lock as they begin."""
-
-    @event.listens_for(engine.sync_engine, "connect")
-    def _on_connect(connection: Any, _record: object) -> None:
-        connection.isolation_level = None  # the driver shall not open transactions behind our back
-        cursor = connection.cursor()
-        cursor.execute("PRAGMA journal_mode = WAL")
-        cursor.execute("PRAGMA synchronous = FULL")
-        cursor.execute("PRAGMA foreign_keys = ON")
-        cursor.execute("PRAGMA busy_timeout = 5000")
-        cursor.close()
-
-    @event.listens_for(engine.sync_engine, "begin")
-    def _on_begin(connection: Any) -> None:
-        # A transaction that reads first and writes later would fail with SQLITE_BUSY in the middle.
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
