@@ -30,7 +30,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import TypeDecorator
 
-SCHEMA_REVISION = "0005"
+SCHEMA_REVISION = "0006"
 """The newest migration, whose schema the tables below are. Revisions are numbered, so a newer one compares greater."""
 OLDEST_SCHEMA_REVISION = "0004"
 """The oldest migration whose schema this code works on: with an older one it neither starts nor says it is ready."""

@@ -21,7 +21,9 @@ from identity_service.oauth.signing_keys import NewKey, Plan
 log = structlog.get_logger(__name__)
 
 _HOUR = 3600.0
+_DAY = 24 * _HOUR
 _BATCH = 500  # rows deleted in one transaction: no request waits for longer than that takes
+_STRIDE, _REST = 100, 0.02  # rows that are looked at in one go, and seconds in which requests alone are served
 _WARNED_BEFORE = timedelta(days=7)
 
 _found_broken: dict[str, datetime] = {}
@@ -102,6 +104,7 @@ def leased_jobs(services: Services) -> list[LeasedJob]:
         LeasedJob("purge", _HOUR, 600.0, lambda: _purge(services)),
         LeasedJob("audit_seal", 5.0, 120.0, lambda: _seal_audit(services)),
         LeasedJob("audit_retention", _HOUR, 600.0, lambda: _retain_audit(services)),
+        LeasedJob("audit_verify", _DAY, 8 * _HOUR, lambda: _verify_audit(services)),
     ]
     if services.mailer is not None:
         jobs += [
@@ -166,6 +169,19 @@ async def _retain_audit(services: Services) -> None:
     older_than = services.clock.now() - timedelta(seconds=services.settings.audit_retention)
     with _watching_the_chain(services, "audit_retention"):
         await in_batches(services.db, lambda tx: services.audit_chain.retain(tx, older_than, _BATCH))
+
+
+async def _verify_audit(services: Services) -> None:
+    """Walk along the whole chain at a pace that no request feels: a few thousand rows a second."""
+    with _watching_the_chain(services, "audit_verify"):
+        walk = services.audit_chain.verification(page=_STRIDE)
+        more = True
+        while more:
+            more = await services.db.run(walk.advance)
+            await asyncio.sleep(_REST)
+        if walk.fault is not None:
+            raise ChainBroken(walk.fault)
+        log.info("audit.verified", rows=walk.checked, seq=walk.seq, mac=walk.mac.hex(), gaps=len(walk.gaps))
 
 
 @contextlib.contextmanager

@@ -69,7 +69,7 @@ async def run_for_ever(db: Database, leases: Leases, job: LeasedJob) -> None:
         try:
             if await run_once(db, leases, job):
                 JOB_RUNS.labels(job.name, "done").inc()
-        except DatabaseUnavailable as error:
+        except (DatabaseUnavailable, LookupError) as error:  # the latter: its lease comes with a migration that is due
             JOB_RUNS.labels(job.name, "postponed").inc()
             log.warning("job.postponed", job=job.name, reason=str(error))
         except Exception:

@@ -47,7 +47,8 @@ from tests.support.service import (
     running,
     test_settings,
 )
-from tests.support.smtp import HOST, SmtpServer, smtp_server, until
+from tests.support.smtp import HOST, SmtpServer, smtp_server
+from tests.support.waiting import until
 
 NEW_PASSWORD = "another horse, another battery"
 AT_ONCE = 4
@@ -62,14 +63,6 @@ def told_to_come_back(answer: httpx2.Response) -> None:
     assert int(answer.headers["retry-after"]) >= 1
     assert answer.headers["cache-control"] == "no-store"
     assert answer.headers["content-type"] == "application/problem+json"
-
-
-async def eventually(so: Callable[[], Awaitable[bool]]) -> None:
-    """Return once something is so."""
-    deadline = time.monotonic() + _PATIENCE
-    while not await so():
-        assert time.monotonic() < deadline, "it does not come to pass"
-        await asyncio.sleep(0.05)
 
 
 def newcomer(name: str) -> dict[str, str]:
@@ -123,7 +116,7 @@ class Shaky:
             )
         told_to_come_back(await act())
         assert self.network.cuts == 1
-        await eventually(self._settled)
+        await until(self._settled)
         after = await self.traces()
         changed = (set((after - before).elements()), set((before - after).elements()))
         assert changed in ((set(), set()), (gains, losses))
@@ -517,7 +510,7 @@ async def test_mails_that_a_dead_mail_server_did_not_take_arrive_once(
             return bool(await hand.execute(select(outbox.c.id).where(outbox.c.attempts > 0)))
 
         assert await post(0, "/users", newcomer(new[0])) == 201
-        await eventually(was_tried)
+        await until(was_tried)
         for number, name in enumerate(new[1:]):
             assert await post(number, "/users", newcomer(name)) == 201
         for number, name in enumerate([*forgetful, *forgetful]):
@@ -535,7 +528,7 @@ async def test_mails_that_a_dead_mail_server_did_not_take_arrive_once(
         await asyncio.sleep(_TURN)
         assert smtp.holding == held <= AT_ONCE, "all were due, and the other server left them alone"
         gate.set()
-        await eventually(lambda: nothing_waits(hand))
+        await until(lambda: nothing_waits(hand))
         everybody = {f"{name}@example.org" for name in (*forgetful, *new)}
         assert {who: list(got.values()) for who, got in arrived(smtp).items()} == {who: [1] for who in everybody}
 
@@ -548,7 +541,7 @@ async def test_mails_that_a_dead_mail_server_did_not_take_arrive_once(
             old = await both[number % 2].token(app, grant_type="password", username=name, password=PASSWORD)
             assert old.json()["error"] == "invalid_grant"
             await both[(number + 1) % 2].sign_in(await an_all_round_client(hand), name, NEW_PASSWORD)
-        await eventually(lambda: nothing_waits(hand))
+        await until(lambda: nothing_waits(hand))
         for name in forgetful:
             assert list(arrived(smtp)[f"{name}@example.org"].values()) == [1, 1], "the link, and that it was used"
 
@@ -600,7 +593,7 @@ async def test_the_mails_of_a_killed_server_are_sent_by_another(database_url: st
                 assert (await hand.execute(held))[0].holder == holder
 
                 await hand.execute(update(leases).where(leases.c.name == "outbox").values(until=hand.clock.now()))
-                await eventually(lambda: nothing_waits(hand))
+                await until(lambda: nothing_waits(hand))
                 got = arrived(smtp)
                 assert got.keys() == {f"{name}@example.org" for name in names}
                 assert all(len(messages) == 1 for messages in got.values()), "one Message-ID each"
@@ -669,7 +662,7 @@ async def test_whoever_was_told_that_they_registered_did_whatever_became_of_the_
                         each.result()
                 return len(registered) >= count
 
-            await eventually(there_are)
+            await until(there_are)
 
         await registered_reach(12)
         await asyncio.to_thread(postgres.stop, "immediate")
@@ -678,7 +671,7 @@ async def test_whoever_was_told_that_they_registered_did_whatever_became_of_the_
         async def outage_was_heard_of() -> bool:
             return heard[503] >= before + 4
 
-        await eventually(outage_was_heard_of)
+        await until(outage_was_heard_of)
         await asyncio.to_thread(postgres.start)
         await registered_reach(len(registered) + 12)
         done.set()
@@ -690,7 +683,7 @@ async def test_whoever_was_told_that_they_registered_did_whatever_became_of_the_
         assert Counter(event.target for event in await hand.events("user.registered")) == Counter(
             str(row.id) for row in rows
         )
-        await eventually(lambda: nothing_waits(hand))
+        await until(lambda: nothing_waits(hand))
         got = arrived(smtp)
         assert got.keys() == {f"{name}@example.org" for name in registered}
         assert all(len(messages) == 1 for messages in got.values()), "one Message-ID each"

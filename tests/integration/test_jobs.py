@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import delete, func, select, update
+from structlog.testing import capture_logs
 
 from identity_service.accounts.users import User
 from identity_service.infra.audit import ChainBroken
@@ -232,3 +233,32 @@ async def test_the_trail_is_sealed_and_a_change_of_a_sealed_row_raises_the_alarm
     assert alarm._value.get() == 0
     [pruned] = await service.execute(select(audit_events))
     assert pruned.event == "audit.pruned"
+
+
+@pytest.mark.case("SEC-06")
+async def test_a_change_in_the_middle_of_the_trail_is_found_by_nothing_but_the_walk_along_all_of_it(
+    service: Service,
+) -> None:
+    """Neither sealing, which looks at the end, nor retention, which looks at the beginning, meets that row."""
+    for target in range(250):
+        await service.within(
+            lambda tx, name=str(target): service.services.audit.record(  # type: ignore[misc]
+                tx, "user.created", origin=None, actor="cli", target=name
+            )
+        )
+    await service.run_job("audit_seal")
+    alarm = AUDIT_CHAIN_BROKEN.labels("audit_verify")
+    with capture_logs() as logs:
+        await service.run_job("audit_verify")
+    assert alarm._value.get() == 0
+    assert [line["rows"] for line in logs if line["event"] == "audit.verified"] == [await count(service, audit_events)]
+    row = update(audit_events).where(audit_events.c.target == "120")
+    await service.execute(row.values(actor="somebody else"))
+    for job in ("audit_seal", "audit_retention"):
+        await service.run_job(job)
+    with pytest.raises(ChainBroken):
+        await service.run_job("audit_verify")
+    assert alarm._value.get() == 1
+    await service.execute(row.values(actor="cli"))
+    await service.run_job("audit_verify")
+    assert alarm._value.get() == 0

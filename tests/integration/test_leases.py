@@ -14,6 +14,7 @@ from identity_service.main.jobs import leased_jobs
 from identity_service.main.leased_jobs import JOB_RUNS, LeasedJob, run_for_ever, run_once
 from tests.support.clock import FrozenClock
 from tests.support.service import Service
+from tests.support.waiting import until
 
 MINUTE = timedelta(minutes=1)
 HOLD = timedelta(minutes=5)
@@ -82,6 +83,16 @@ async def test_a_job_without_a_row_is_noticed(db: Database, clock: FrozenClock) 
     """It would never run, and nobody would know."""
     with pytest.raises(LookupError, match="unheard_of"):
         await take(db, Leases(clock), name="unheard_of")
+
+
+async def test_a_job_whose_lease_comes_with_the_next_migration_is_postponed(db: Database, clock: FrozenClock) -> None:
+    """This version on the schema of the one before: no fault of ours, and no traceback once a minute."""
+    postponed = JOB_RUNS.labels("unheard_of", "postponed")
+    before = postponed._value.get()
+    never = LeasedJob("unheard_of", 0.01, 60.0, asyncio.Event().wait)
+    task = asyncio.create_task(run_for_ever(db, Leases(clock), never))
+    await until(lambda: postponed._value.get() > before)
+    task.cancel()
 
 
 async def test_a_lease_done_by_a_clock_that_ran_ahead_is_due_again(db: Database, clock: FrozenClock) -> None:

@@ -24,7 +24,8 @@ from identity_service.main.mail_job import MAILS, MAILS_WAITING, OLDEST_MAIL, bu
 from tests.support.clock import FrozenClock
 from tests.support.races import held
 from tests.support.service import Service, test_settings
-from tests.support.smtp import HOST, Behaviour, SmtpServer, smtp_server, until
+from tests.support.smtp import HOST, Behaviour, SmtpServer, smtp_server
+from tests.support.waiting import until
 
 Answer = TypeVar("Answer")
 

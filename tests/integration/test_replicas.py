@@ -27,10 +27,11 @@ from identity_service.infra.runtime import SystemClock
 from identity_service.infra.tables import audit_events, leases
 from tests.support.operators import EVERY_SCOPE, Operator
 from tests.support.pgbouncer import PgBouncer, give_defaults
-from tests.support.replicas import PROMISE, Replica, replicas, servers, until
+from tests.support.replicas import PROMISE, Replica, replicas, servers
 from tests.support.servers import PostgresServer
 from tests.support.service import ISSUER, SIBLING, Registered, Service, running, test_settings
 from tests.support.tokens import parts_of
+from tests.support.waiting import until
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """Servers as processes of their own, asked with the hands that prepare a service in this process."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 import httpx2
 
@@ -57,13 +57,3 @@ async def replicas(
             http = await stack.enter_async_context(httpx2.AsyncClient(base_url=server.url, timeout=30))
             found.append(Replica(hand.app, hand.services, hand.clock, http, server=server))
         yield found
-
-
-async def until(so: Callable[[], Awaitable[Any]], what: str, *, patience: float = _PATIENCE) -> float:
-    """Return how many seconds it took until something was so; asked many times a second."""
-    clock = asyncio.get_running_loop()
-    began = clock.time()
-    while not await so():
-        assert clock.time() - began < patience, what
-        await asyncio.sleep(0.02)
-    return clock.time() - began

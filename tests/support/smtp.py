@@ -18,15 +18,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from tests.support.waiting import until
+
 HOST = "127.0.0.1"
-
-
-async def until(condition: Callable[[], bool], *, patience: float = 10.0) -> None:
-    """Return once something is so; fails after `patience` seconds."""
-    deadline = asyncio.get_running_loop().time() + patience
-    while not condition():
-        assert asyncio.get_running_loop().time() < deadline, "it does not come to pass"
-        await asyncio.sleep(0.005)
 
 
 @dataclass(frozen=True)

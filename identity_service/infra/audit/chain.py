@@ -147,9 +147,9 @@ class AuditChain:
             return 0
         return await self._remove(tx, head, seq, mac)
 
-    def verification(self, *anchors: Anchor) -> Verification:
-        """Return a walk along the whole chain, which has not begun."""
-        return Verification(self._seals, anchors)
+    def verification(self, *anchors: Anchor, page: int = 1000) -> Verification:
+        """Return a walk along the whole chain, `page` rows at a time, which has not begun."""
+        return Verification(self._seals, anchors, page)
 
     @staticmethod
     async def _end(tx: Transaction) -> Head:

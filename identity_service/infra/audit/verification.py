@@ -13,7 +13,6 @@ from identity_service.infra.audit.seals import ChainBroken, Fault, Head, Seals, 
 from identity_service.infra.database import Transaction
 from identity_service.infra.tables import audit_events
 
-_PAGE = 1000  # rows
 _NEIGHBOURS = 50  # places on each side where a row's right place is looked for
 
 _c = audit_events.c
@@ -55,10 +54,10 @@ class Verification:
     by retention meanwhile. Then `fault` is the first place where the chain does not hold, or None.
     """
 
-    def __init__(self, seals: Seals, anchors: Sequence[Anchor] = ()) -> None:
+    def __init__(self, seals: Seals, anchors: Sequence[Anchor], page: int) -> None:
         self._seals = seals
         self._anchors = sorted(anchors, key=lambda anchor: anchor.seq)
-        self._page = _PAGE
+        self._page = page
         self._begun = False
         self.seq = 0
         """The newest place that holds; at the beginning, the newest one that retention has removed."""
