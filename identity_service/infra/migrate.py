@@ -6,6 +6,7 @@ behind it fails, lets everybody pass when it has not got it, and asks again.
 """
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,17 +24,18 @@ if TYPE_CHECKING:
 PATIENCE: Final = 60.0
 """Seconds for which a migration goes on asking for what others hold, unless somebody says otherwise."""
 
-# Seconds that one statement waits for a lock. Whoever comes after it queues up behind it, and a request gives a lock
-# up after 2 s. It is also less than PostgreSQL's `deadlock_timeout` of 1 s: where a request and a migration wait for
-# each other, it is the migration that gives way.
-_ONE_WAIT = 0.5
+# Seconds that a revision waits for locks, try by try. Whoever comes after it queues up behind it, and a request gives a
+# lock up after 2 s, so each is shorter. Most are shorter still than PostgreSQL's `deadlock_timeout` of 1 s: where a
+# request and a migration wait for each other, it is the migration that gives way. But only who has waited for that long
+# makes autovacuum let go of a table, which it may be at for hours.
+_WAITS = (0.5, 0.5, 1.5)
+_LEAST_WAIT = 0.1  # for each further lock of a transaction that has used its time up
 _PAUSE = 1.5  # seconds in which those who queued up can pass before it asks again
 _ASK_FOR_TURN = 0.2  # seconds
 _ONE_AT_A_TIME = 0x1DE27170  # the advisory lock that makes simultaneous migrations queue up
 
 _NO_LOCK, _DEADLOCK = "55P03", "40P01"
 _SERVER_OPTIONS = {
-    "lock_timeout": f"{_ONE_WAIT * 1000:.0f}",
     "statement_timeout": "0",  # a role's own limit is meant for requests; an index takes as long as it takes
     "idle_in_transaction_session_timeout": "0",
     "enable_seqscan": "on",
@@ -44,8 +46,8 @@ _SERVER_OPTIONS = {
     "tcp_keepalives_count": "4",
 }
 _OLDEST_TRANSACTION = text(
-    "SELECT pid, application_name, extract(epoch FROM now() - xact_start)::int FROM pg_stat_activity"
-    " WHERE datname = current_database() AND pid <> pg_backend_pid() AND xact_start IS NOT NULL"
+    "SELECT pid, coalesce(nullif(application_name, ''), backend_type), extract(epoch FROM now() - xact_start)::int"
+    " FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() AND xact_start IS NOT NULL"
     " ORDER BY xact_start LIMIT 1"
 )
 
@@ -72,9 +74,9 @@ def migrate(
     from alembic import command  # a server that only serves never needs it, nor the memory it takes
 
     deadline = time.monotonic() + patience
-    while True:
+    for wait in itertools.cycle(_WAITS):
         try:
-            with connected(url, patience=patience) as connection:
+            with connected(url, wait=wait, patience=patience) as connection:
                 _wait_for_our_turn(connection, say)
                 config = script_config(connection=connection, on_version_apply=_telling(say))
                 if not _is_newer(current_revision(connection), config):
@@ -90,12 +92,16 @@ def migrate(
 
 
 @contextlib.contextmanager
-def connected(url: str, *, patience: float = PATIENCE, read_only: bool = False) -> Iterator[Connection]:
+def connected(
+    url: str, *, wait: float = _WAITS[0], patience: float = PATIENCE, read_only: bool = False
+) -> Iterator[Connection]:
     """
     Yield a connection for work on the schema, and close it for good.
 
-    What holds nobody up while it is built (`CONCURRENTLY`) may wait for `patience` seconds in one go; asked again, it
-    would have to begin anew. With `read_only` the database itself refuses every change, and no file is made.
+    The statements of a transaction wait for locks for `wait` seconds, all of them together: the first locks are held
+    while the next is waited for. What holds nobody up while it is built (`CONCURRENTLY`) may wait for `patience`
+    seconds in one go; asked again, it would have to begin anew. With `read_only` the database itself refuses every
+    change, and no file is made.
     """
     parsed = make_url(url)
     options: dict[str, Any] = {}
@@ -107,14 +113,15 @@ def connected(url: str, *, patience: float = PATIENCE, read_only: bool = False) 
             Path(path).parent.mkdir(parents=True, exist_ok=True)
         parsed = parsed.set(drivername="sqlite")
     else:
-        settings = _SERVER_OPTIONS | ({"default_transaction_read_only": "on"} if read_only else {})
+        settings = _SERVER_OPTIONS | {"lock_timeout": _milliseconds(wait)}
+        settings |= {"default_transaction_read_only": "on"} if read_only else {}
         options = {"connect_timeout": 5, "options": startup_options(settings)}
         if "application_name" not in parsed.query:
             options["application_name"] = "identity-service migrate"
     engine = create_engine(parsed, hide_parameters=True, poolclass=NullPool, connect_args=options)
     if engine.dialect.name == "postgresql":
         refuse_poolers(engine)
-        _let_concurrent_builds_wait(engine, patience)
+        _portion_waits(engine, wait, patience)
     else:
         _begin_by_ourselves(engine, "BEGIN" if read_only else "BEGIN IMMEDIATE")
     try:
@@ -184,19 +191,30 @@ def _begin_by_ourselves(engine: Engine, begin: str) -> None:
         connection.exec_driver_sql(begin)
 
 
-def _let_concurrent_builds_wait(engine: Engine, patience: float) -> None:
-    """Let each statement that holds nobody up wait longer than the others for the transactions before it."""
+def _portion_waits(engine: Engine, wait: float, patience: float) -> None:
+    """Let a transaction's statements share one wait, and each statement that holds nobody up have a longer one."""
 
-    def before(_connection: Any, cursor: Any, statement: str, *_rest: Any) -> None:
+    def begin(connection: Connection) -> None:
+        connection.info["begun"] = time.monotonic()
+
+    def before(connection: Connection, cursor: Any, statement: str, *_rest: Any) -> None:
         if " CONCURRENTLY " in statement:
-            cursor.connection.execute(f"SET lock_timeout = {max(patience, _ONE_WAIT) * 1000:.0f}")
+            cursor.connection.execute(f"SET lock_timeout = {_milliseconds(max(patience, wait))}")
+        elif not cursor.connection.autocommit:
+            left = wait - (time.monotonic() - connection.info["begun"])
+            cursor.connection.execute(f"SET LOCAL lock_timeout = {_milliseconds(max(left, _LEAST_WAIT))}")
 
-    def after(_connection: Any, cursor: Any, statement: str, *_rest: Any) -> None:
+    def after(_connection: Connection, cursor: Any, statement: str, *_rest: Any) -> None:
         if " CONCURRENTLY " in statement:
             cursor.connection.execute("RESET lock_timeout")
 
+    event.listen(engine, "begin", begin)
     event.listen(engine, "before_cursor_execute", before)
     event.listen(engine, "after_cursor_execute", after)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1000:.0f}"
 
 
 def _telling(say: Callable[[str], None]) -> Callable[..., None]:

@@ -42,6 +42,7 @@ def old_url(empty_url: str) -> str:
     migrate(empty_url, revision=OLD)
     execute(
         empty_url,
+        "ALTER TABLE audit_events SET (autovacuum_enabled = false)",  # or it might count anew
         "INSERT INTO audit_events (at, event, occurrences, detail)"
         " SELECT now(), repeat('x', 60), 1, '{}' FROM generate_series(1, 100000)",
         "ANALYZE",
@@ -187,6 +188,17 @@ def test_a_statement_that_the_plan_does_not_know_is_told_as_such(database_url: s
     revision(later, "0099", SCHEMA_REVISION, "op.execute('VACUUM users')")
     [step] = plan(database_url).steps
     assert [(statement.sql, statement.locks) for statement in step.statements] == [("VACUUM users", None)]
+
+
+def test_the_locks_of_one_revision_are_waited_for_in_one_wait(database_url: str, later: Path) -> None:
+    """The first are held while the next is asked for: five waits in a row would be more than a request can bear."""
+    now = "SELECT current_setting('lock_timeout')"
+    lines = (f"CREATE TABLE waits AS {now}", "SELECT pg_sleep(1)", f"INSERT INTO waits {now}")
+    revision(later, "0099", SCHEMA_REVISION, *(f'op.execute("{line}")' for line in lines))
+    migrate(database_url)
+    (first,), (last,) = execute(database_url, "SELECT * FROM waits ORDER BY ctid")
+    assert 100 <= int(first.removesuffix("ms")) <= 500
+    assert last == "100ms"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from identity_service.infra.migrate import MigrationBlocked, connected, migrate
 from identity_service.infra.migration_plan import LOCKS, plan
 from identity_service.infra.tables import SCHEMA_REVISION
 from tests.support.migrations import revisions, shape
-from tests.support.servers import PostgresServer
+from tests.support.servers import FAST, PostgresServer, own_postgres
 
 ROOT = Path(__file__).parents[2]
 ROWS = 200_000
@@ -312,6 +312,30 @@ def test_a_migration_goes_on_when_the_lock_is_let_go(url: str) -> None:
         somebody.commit()
         migration.end()
     assert ask(url, "SELECT version_num FROM alembic_version") == [(SCHEMA_REVISION,)]
+
+
+@pytest.mark.case("OPS-18")
+def test_a_migration_gets_past_the_servers_own_cleaning_up() -> None:
+    """Autovacuum can be at a large table for hours; it gives way, but only to who has waited for a second."""
+    with own_postgres({**FAST, "autovacuum_naptime": "1s", "log_autovacuum_min_duration": "0"}) as server:
+        url = server.create_database("cleaned")
+        migrate(url, revision="0002")
+        with psycopg.connect(address(url), autocommit=True) as connection:
+            connection.execute(
+                "ALTER TABLE audit_events SET (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1,"
+                " autovacuum_vacuum_cost_delay = 100, autovacuum_vacuum_cost_limit = 1)"
+            )
+            connection.execute(
+                "INSERT INTO audit_events (at, event, occurrences, detail)"
+                " SELECT now(), repeat('x', 60), 1, '{}' FROM generate_series(1, 100000)"
+            )
+            connection.execute("DELETE FROM audit_events WHERE id % 2 = 0")
+            deadline = time.monotonic() + 60
+            while connection.execute("SELECT 1 FROM pg_stat_progress_vacuum").fetchone() is None:
+                assert time.monotonic() < deadline, "nothing was cleaned up"
+                time.sleep(0.05)
+        migrate(url)
+        assert ask(url, "SELECT version_num FROM alembic_version") == [(SCHEMA_REVISION,)]
 
 
 # -- a run that is killed ---------------------------------------------------------------------------------------------
