@@ -9,9 +9,8 @@ from typing import Any, Final
 
 from identity_service.accounts.refresh_families.statements import ROTATE
 from identity_service.cli import main as serve
-from identity_service.infra import database
 from identity_service.infra.audit import AuditTrail
-from identity_service.infra.database import Database, DatabaseUnavailable, Transaction
+from identity_service.infra.database import Database, DatabaseUnavailable, Transaction, transaction
 
 PROGRAM: Final = "from tests.faults.broken import main; main({!r})"
 """What to start, once it is told what shall be wrong."""
@@ -40,8 +39,8 @@ def _speak_before_the_commit() -> None:
 
 
 def _repeat_what_may_have_happened() -> None:
-    translate = database._translate
-    database._translate = lambda error, *, committing: translate(error, committing=False)
+    translate = transaction.translate
+    transaction.translate = lambda error, *, committing: translate(error, committing=False)
 
 
 def _look_at_no_epoch() -> None:

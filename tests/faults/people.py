@@ -28,19 +28,19 @@ _TRIES: Final = 100
 _PAUSE: Final = 0.3  # seconds
 
 HABITS: Final[Mapping[str, float]] = {
-    "refresh": 30,
+    "refresh": 24,
     "refresh_without_key": 8,
     "refresh_and_hang_up": 8,
-    "look": 12,
-    "introspect": 12,
+    "look": 8,
+    "introspect": 8,
     "rename": 8,
-    "sign_in": 3,
-    "revoke": 2,
-    "make_key": 3,
+    "sign_in": 4,
+    "revoke": 4,
+    "make_key": 4,
     "use_key": 8,
-    "end_key": 2,
-    "be_disabled": 1,
-    "change_password": 1,
+    "end_key": 4,
+    "be_disabled": 4,
+    "change_password": 2,
 }
 """How often people do what, in relation to each other."""
 

@@ -33,6 +33,7 @@ class Trouble(Protocol):
 _FRESH: Final = 1.1  # seconds after which what a replica says about its readiness is no longer remembered
 _STARTS: Final = 20
 _PATIENCE: Final = 20.0  # seconds for something to come about that takes milliseconds
+_GIVEN_UP: Final = '"event":"database.silent"'
 COMMIT: Final = b"COMMIT"
 _END_WAITING: Final = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event = 'advisory'"
 LOST_COMMITS: Final[dict[str, dict[str, Any]]] = {
@@ -105,7 +106,10 @@ async def _delayed(stage: Stage, ledger: Ledger, *, seconds: float, lasting: flo
 
 async def postgres_is_silent(stage: Stage, ledger: Ledger) -> None:
     """Everything is swallowed, for longer than anybody waits; what was swallowed arrives afterwards."""
+    before = stage.log_text().count(_GIVEN_UP)
     await _silent(stage, ledger, lasting=9.0)
+    if stage.log_text().count(_GIVEN_UP) == before:
+        ledger.complain("nobody has given up a connection on which PostgreSQL said nothing for nine seconds")
 
 
 async def postgres_is_silent_for_a_moment(stage: Stage, ledger: Ledger) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import psycopg
 import pytest
 from sqlalchemy import func, insert, select, update
 
@@ -21,6 +20,7 @@ from identity_service.infra.runtime import Secret
 from identity_service.infra.tables import api_keys, audit_events, outbox
 from tests.support.keys import EXCHANGE, OWN, Key, a_key, an_exchanger, exchange
 from tests.support.operators import EVERY_SCOPE, Operator, an_operator
+from tests.support.plans import note_plans
 from tests.support.service import ISSUER, MASTER_KEY, Service, running, test_settings
 
 ORDERS = ["orders:read"]
@@ -405,16 +405,7 @@ async def test_forgetting_keys_does_not_look_at_the_living(service: Service, mon
     await service.execute(insert(api_keys).values([{**row, "id": f"live{number:07}"} for number in range(2000)]))
     async with service.services.db.engine.connect() as connection:
         await connection.exec_driver_sql("ANALYZE api_keys")
-    plans: list[str] = []
-    execute = psycopg.AsyncCursor.execute
-
-    async def noting(cursor: Any, query: Any, *given: Any, **named: Any) -> Any:
-        if query.startswith("DELETE FROM api_keys"):
-            await execute(cursor, f"EXPLAIN {query}", *given, **named)
-            plans.append("\n".join(row[0] for row in await cursor.fetchall()))
-        return await execute(cursor, query, *given, **named)
-
-    monkeypatch.setattr(psycopg.AsyncCursor, "execute", noting)
+    plans = note_plans(monkeypatch, lambda query: query.startswith("DELETE FROM api_keys"))
     assert await service.within(lambda tx: service.services.api_keys.clean_up(tx, batch=500)) == 0
     [plan] = plans
     assert "on ix_api_keys_revoked_at" in plan, plan

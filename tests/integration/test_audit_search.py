@@ -4,13 +4,13 @@ import random
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
-import psycopg
 import pytest
 from sqlalchemy import insert
 
 from identity_service.infra.audit import AuditEvent, Filters, Origin
 from identity_service.infra.database import Transaction
 from identity_service.infra.tables import audit_events
+from tests.support.plans import note_plans
 from tests.support.trail import Trail, opened_trail
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -213,17 +213,7 @@ async def many(on_postgresql: Trail) -> Trail:
 @pytest.fixture
 def plans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """How PostgreSQL runs the statements that read audit rows, noted in the driver."""
-    seen: list[str] = []
-    execute = psycopg.AsyncCursor.execute
-
-    async def noting(cursor: Any, query: Any, *given: Any, **named: Any) -> Any:
-        if "FROM audit_events" in query:
-            await execute(cursor, f"EXPLAIN {query}", *given, **named)
-            seen.append("\n".join(row[0] for row in await cursor.fetchall()))
-        return await execute(cursor, query, *given, **named)
-
-    monkeypatch.setattr(psycopg.AsyncCursor, "execute", noting)
-    return seen
+    return note_plans(monkeypatch, lambda query: "FROM audit_events" in query)
 
 
 @pytest.mark.parametrize("wanted", PLANS)

@@ -1,9 +1,14 @@
 """What a refresh costs the database: one statement, and nothing at all for a token that was never handed out."""
 
-import pytest
+import uuid
 
+import pytest
+from sqlalchemy import insert, select
+
+from identity_service.infra.tables import refresh_families
+from tests.support.plans import note_plans
 from tests.support.reading import refused
-from tests.support.service import Service
+from tests.support.service import ISSUER, Service
 
 
 async def test_a_refresh_is_one_statement(service: Service, statements: list[str]) -> None:
@@ -61,3 +66,32 @@ async def test_revoking_a_token_that_was_never_handed_out_costs_no_query(
     assert statements == []
     assert await revoke(token) == 200
     assert statements != []
+
+
+@pytest.mark.case("OPS-35")
+async def test_what_requests_ask_is_found_by_an_index_however_many_there_are(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Signing in, refreshing, presenting a token twice, asking about it and giving it back, among 20,000 families."""
+    client = await service.a_client(refresh_retry_window=0)
+    sibling = await service.a_client(grant_types=(), introspect=(ISSUER,))
+    await service.sign_in(client, await service.a_user())
+    [row] = await service.execute(select(refresh_families))
+    more = [{**row._mapping, "id": uuid.uuid4()} for _ in range(20_000)]
+    await service.within(lambda tx: tx.execute(insert(refresh_families), more))
+    async with service.services.db.engine.connect() as connection:
+        await connection.exec_driver_sql("ANALYZE refresh_families")
+    plans = note_plans(monkeypatch, lambda query: "refresh_families" in query)
+
+    tokens = await service.sign_in(client, await service.a_user())
+    rotated = await service.refresh(client, tokens["refresh_token"])
+    assert rotated.status_code == 200
+    assert (await service.introspect(sibling, rotated.json()["access_token"])).json()["active"]
+    assert (await service.revoke(client, rotated.json()["refresh_token"])).status_code == 200
+    again = await service.sign_in(client, await service.a_user())
+    assert (await service.refresh(client, again["refresh_token"])).status_code == 200
+    refused(await service.refresh(client, again["refresh_token"]), "invalid_grant")  # and its family is revoked
+    changes = [plan for plan in plans if plan.startswith(("Update on", "LockRows"))]
+    assert len(changes) == 7
+    assert [plan for plan in changes if "Index Scan using pk_refresh_families" not in plan] == []
+    assert [plan for plan in plans if "Seq Scan" in plan] == []

@@ -10,7 +10,7 @@ from psycopg import sql
 from psycopg.rows import dict_row
 from sqlalchemy.engine import make_url
 
-from identity_service.infra.pooler import SESSION_SETTINGS
+from identity_service.infra.database.pooler import SESSION_SETTINGS
 from tests.support.servers import Box
 from tests.support.tools import tool
 

@@ -18,6 +18,7 @@ from tests.support.service import MASTER_KEY
 _ROOT = Path(__file__).parents[2]
 _START_DEADLINE = 30.0
 _STOP_DEADLINE = 30.0
+_LISTENS = '"event":"service.started"'
 COMMAND = "from identity_service.cli import main; main()"
 
 
@@ -155,7 +156,8 @@ class ServerProcess:
                 status = None
             finally:
                 connection.close()
-            if status == http.client.OK:
+            # Another test run may have taken the port while this server was on its way to it.
+            if status == http.client.OK and _LISTENS in self.log_text():
                 return True
             time.sleep(0.05)
         return False

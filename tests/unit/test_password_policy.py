@@ -73,8 +73,9 @@ def test_an_installation_chooses_the_least_length(shortest: int) -> None:
         *("🙂🙂🙂🙂🙂🙂🙂🙂", "zzzzzzzzzzzzzz"),
     ],
 )
+@pytest.mark.case("OPS-28")
 def test_passwords_that_are_tried_first_are_refused(text: str) -> None:
-    """Whatever their case or width; and so is one letter all the way."""
+    """Whatever their case or width; and so is one letter all the way. The list is here: nobody else can be down."""
     assert "tried first" in refused(text)
 
 

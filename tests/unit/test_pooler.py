@@ -3,7 +3,12 @@
 import psycopg
 import pytest
 
-from identity_service.infra.pooler import SESSION_SETTINGS, defaults_fault, has_nothing_to_lend, startup_options
+from identity_service.infra.database.pooler import (
+    SESSION_SETTINGS,
+    defaults_fault,
+    has_nothing_to_lend,
+    startup_options,
+)
 
 GOOD = {**SESSION_SETTINGS}
 
