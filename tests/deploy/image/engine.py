@@ -5,6 +5,7 @@ import json
 import resource
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,14 @@ def _program() -> tuple[str, ...]:
 
 def podman(*words: str, said: str | None = None, timeout: float = _LONG) -> subprocess.CompletedProcess[str]:
     """Run podman to its end, with `said` on its standard input; the caller looks at how it ended."""
-    return subprocess.run([*_program(), *words], input=said or "", capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        [*_program(), *words],
+        cwd=tempfile.gettempdir(),  # what watches a container leaves a file named oom where it was started
+        input=said or "",
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 def answer(*words: str) -> str:
