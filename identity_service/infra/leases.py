@@ -27,6 +27,10 @@ class LeaseState:
     done_at: datetime | None
 
 
+class NoSuchLease(LookupError):
+    """A job has no row: the migration that makes it is due, or was forgotten."""
+
+
 @final
 class Leases:
     """Takes and gives back leases for one process."""
@@ -40,7 +44,7 @@ class Leases:
         """
         Take the lease of a job for `hold`, if nobody has it and the job was not done within `every`.
 
-        Raises LookupError for a job that has no row: it would never run, and nobody would notice.
+        Raises NoSuchLease for a job that has no row: it would never run, and nobody would notice.
         """
         now = self._clock.now()
         c = leases.c
@@ -56,7 +60,7 @@ class Leases:
         if taken.first() is not None:
             return True
         if (await tx.execute(select(c.name).where(c.name == name))).first() is None:
-            raise LookupError(f"there is no lease named {name}")
+            raise NoSuchLease(f"there is no lease named {name}")
         return False
 
     async def give_back(self, tx: Transaction, name: str, *, done: bool) -> None:

@@ -13,7 +13,7 @@ from datetime import timedelta
 import structlog
 
 from identity_service.infra.database import Database, DatabaseUnavailable, Transaction
-from identity_service.infra.leases import Leases, LeaseState
+from identity_service.infra.leases import Leases, LeaseState, NoSuchLease
 from identity_service.infra.runtime import to_its_end
 from identity_service.infra.telemetry.metrics import JOB_DONE, JOB_INTERVAL, JOB_RUNS
 
@@ -69,7 +69,7 @@ async def run_for_ever(db: Database, leases: Leases, job: LeasedJob) -> None:
         try:
             if await run_once(db, leases, job):
                 JOB_RUNS.labels(job.name, "done").inc()
-        except (DatabaseUnavailable, LookupError) as error:  # the latter: its lease comes with a migration that is due
+        except (DatabaseUnavailable, NoSuchLease) as error:
             JOB_RUNS.labels(job.name, "postponed").inc()
             log.warning("job.postponed", job=job.name, reason=str(error))
         except Exception:

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import select
 
 from identity_service.infra.database import Database, DatabaseUnavailable, Transaction
-from identity_service.infra.leases import Leases
+from identity_service.infra.leases import Leases, NoSuchLease
 from identity_service.infra.tables import leases
 from identity_service.main.jobs import leased_jobs
 from identity_service.main.leased_jobs import JOB_RUNS, LeasedJob, run_for_ever, run_once
@@ -81,7 +81,7 @@ async def test_who_lost_its_lease_cannot_give_it_back(db: Database, clock: Froze
 
 async def test_a_job_without_a_row_is_noticed(db: Database, clock: FrozenClock) -> None:
     """It would never run, and nobody would know."""
-    with pytest.raises(LookupError, match="unheard_of"):
+    with pytest.raises(NoSuchLease, match="unheard_of"):
         await take(db, Leases(clock), name="unheard_of")
 
 
@@ -218,15 +218,16 @@ async def test_a_stopping_server_gives_its_leases_back(db: Database, clock: Froz
     assert await take(db, Leases(clock))
 
 
-async def test_a_loop_outlives_a_fault_and_an_outage(db: Database, clock: FrozenClock) -> None:
-    """Both are counted, and the job is done when it can be."""
+@pytest.mark.parametrize("fault", [RuntimeError("a fault of ours"), KeyError("a name that is not there")], ids=repr)
+async def test_a_loop_outlives_a_fault_and_an_outage(db: Database, clock: FrozenClock, fault: Exception) -> None:
+    """Both are counted, each as what it is, and the job is done when it can be."""
     runs: list[int] = []
     third = asyncio.Event()
 
     async def step() -> None:
         runs.append(1)
         if len(runs) == 1:
-            raise RuntimeError("a fault of ours")
+            raise fault
         if len(runs) == 2:
             raise DatabaseUnavailable("away")
         third.set()
