@@ -128,7 +128,7 @@ class Edge:
         state: dict[str, Any] = {**scope.get("state", {}), "request_id": request_id}
         scope["state"] = state
         status = 0
-        route = "unmatched"
+        route = scope["path"] if scope["path"] in self._endpoints else "unmatched"
 
         async def sending(message: MutableMapping[str, Any]) -> None:
             nonlocal status
@@ -159,10 +159,8 @@ class Edge:
                 raise
             gone = Unavailable(reason="server_leaving", retry_after=1)
             state["reason"] = gone.reason
-            route = scope["path"] if scope["path"] in self._endpoints else "unmatched"
             await (oauth_reply(gone) if route in self._endpoints else problem_of(gone)).send(sending)
         except Exception as error:
-            route = scope["path"] if scope["path"] in self._endpoints else "unmatched"
             if status:
                 status = 500  # what was cut off in the middle has failed, whatever it began with
                 raise

@@ -12,6 +12,13 @@ from tests.unit.test_edge import Stub, edge_of
 REQUESTS = "identity_http_requests_total"
 
 
+class Endless(Stub):
+    """Answers nobody."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(20)
+
+
 async def test_what_is_cut_off_in_the_middle_is_counted_as_failed() -> None:
     """Whatever it began with: who asked has nothing in their hands."""
     endpoint = Stub()
@@ -42,10 +49,6 @@ async def test_who_leaves_before_the_answer_is_counted_and_not_timed() -> None:
         async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
             return
 
-    class Endless(Stub):
-        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-            await asyncio.sleep(20)
-
     timed = label_sets("identity_http_request_seconds_count")
     with counted(2, REQUESTS, method="PUT", route="unmatched", status="none"):
         with pytest.raises(ValueError, match="not enough values"):  # nothing was sent for the helper to read
@@ -55,3 +58,13 @@ async def test_who_leaves_before_the_answer_is_counted_and_not_timed() -> None:
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
     assert label_sets("identity_http_request_seconds_count") == timed
+
+
+async def test_who_leaves_an_endpoint_is_counted_under_its_route() -> None:
+    """Not as one that nobody knows: it was this endpoint that kept them waiting."""
+
+    with counted(1, REQUESTS, method="POST", route="/token", status="none"):
+        waiting = asyncio.create_task(ask(edge_of(Endless(), Stub()), b"/token", method="POST"))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
