@@ -62,10 +62,8 @@ class BoundedProtocol(HttpToolsProtocol):
         """Make room, and start the clock for the first head."""
         super().connection_made(transport)
         self._idle = self._idle_of.setdefault(self.server_state, {})
-        most, self.limit_concurrency = (
-            self.config.limit_concurrency,
-            None,
-        )  # the server's own way answers whole requests
+        most = self.config.limit_concurrency
+        self.limit_concurrency = None  # the server's own way would answer 503 to whole requests
         if most is not None and len(self.connections) > most:
             longest = next(iter(self._idle), None)
             CONNECTIONS_SHED.labels("new" if longest is None else "idle").inc()

@@ -1,5 +1,5 @@
 """
-Logs, metrics and traces: one JSON line per event, a few dozen series, spans where somebody asked for them, and never a
+Logs, metrics and traces: one JSON line per event, a few dozen metrics, spans where somebody asked for them, and never a
 secret in any of them.
 """
 
