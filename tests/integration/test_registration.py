@@ -408,7 +408,7 @@ async def test_a_busy_service_does_not_count_who_could_not_register(
     """503 while passwords cannot be hashed; afterwards as many may register as before."""
 
     async def busy(_hasher: PasswordHasher, _password: Secret) -> str:
-        raise HashingBusy("queue full")
+        raise HashingBusy("queue_full")
 
     async with running(test_settings(sqlite_url, registration="open")) as service:
         with monkeypatch.context() as patched:

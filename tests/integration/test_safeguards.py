@@ -85,7 +85,7 @@ async def test_a_sign_in_that_nobody_could_judge_is_not_held_against_anybody(
     form = {"grant_type": "password", "username": user.username, "password": PASSWORD}
 
     async def busy(*_: object, **__: object) -> None:
-        raise HashingBusy("queue full")
+        raise HashingBusy("queue_full")
 
     async def away(*_: object, **__: object) -> None:
         raise DatabaseUnavailable("planted")

@@ -79,7 +79,7 @@ class Password(Grant[PasswordEvidence]):
         try:
             verification = await self._users.check_password(evidence.facts, request.secret("password"))
         except HashingBusy as busy:
-            raise Unavailable(reason=f"hashing_{busy}".replace(" ", "_"), retry_after=2) from None
+            raise Unavailable(reason=f"hashing_{busy}", retry_after=2) from None
         return replace(evidence, verification=verification)
 
     async def prove(self, tx: Transaction, request: TokenRequest, evidence: PasswordEvidence) -> Proof | Refusal:

@@ -53,7 +53,11 @@ _LONGEST_INPUT = 1024  # characters; normalisation may multiply them, so this bo
 
 
 class HashingBusy(Exception):
-    """The pool's queue is full, or the wait in it too long. Nothing was checked; the caller may try again."""
+    """
+    The pool's queue is full, or the wait in it too long. Nothing was checked; the caller may try again.
+
+    The message is the reason as logs and metrics name it.
+    """
 
 
 def normalise_password(password: Secret) -> Secret | None:
@@ -166,7 +170,7 @@ class PasswordHasher:
         try:
             return await self._queued(work)
         except HashingBusy as busy:
-            failed = str(busy).replace(" ", "_")
+            failed = str(busy)
             HASHING_REFUSED.labels(failed).inc()
             raise
         finally:
@@ -175,14 +179,14 @@ class PasswordHasher:
     async def _queued(self, work: Callable[[], Answer]) -> Answer:
         with self._guard:
             if self._pending >= self._capacity:
-                raise HashingBusy("queue full")
+                raise HashingBusy("queue_full")
             self._pending += 1
         HASHING_PENDING.inc()
         try:
             future = self._pool.submit(_timed, work, time.perf_counter())
         except RuntimeError:
             self._done()
-            raise HashingBusy("shutting down") from None
+            raise HashingBusy("shutting_down") from None
         # The place is given back when the thread is done with it, not when somebody stops waiting for the answer.
         future.add_done_callback(self._done)
         waiter = asyncio.wrap_future(future)
@@ -192,7 +196,7 @@ class PasswordHasher:
             future.cancel()  # nobody waits for the answer any more: what has not begun need not begin
             raise
         if not waiter.done() and future.cancel():
-            raise HashingBusy("waited too long")
+            raise HashingBusy("waited_too_long")
         return await waiter
 
     def _done(self, _future: "Future[Answer] | None" = None) -> None:
