@@ -104,7 +104,7 @@ async def opened(settings: Settings, keys: Keys = Keys.UNUSED) -> AsyncIterator[
         # Nothing was ever wrapped here and nothing will be by this command: a key that nobody keeps is good enough.
         services = build_services(settings.model_copy(update={"master_key": SecretStr(new_master_key())}))
     try:
-        if fault := await services.db.fault() or await schema_fault(services.db):
+        if fault := await services.db.pooler_fault() or await schema_fault(services.db):
             raise Refused(fault)
         await services.db.run(lambda tx: correct_clock(services, tx))
         yield services

@@ -65,7 +65,7 @@ async def _check_default_client(services: Services) -> None:
 
 async def _prepare(services: Services) -> None:
     """Load the keys, and refuse to start where something is wrong that requests would stumble over."""
-    if fault := await services.db.fault() or await schema_fault(services.db) or await restore_fault(services.db):
+    if fault := await services.db.pooler_fault() or await schema_fault(services.db) or await restore_fault(services.db):
         raise UnsafeSettings(fault)
     await load_keys(services)
     await _check_default_client(services)

@@ -215,12 +215,12 @@ async def test_the_shipped_defaults_are_what_the_service_asks_for(who: str) -> N
         as_service = make_url(url).set(username="identity_service").render_as_string(hide_password=False)
         with PgBouncer(as_service) as pooler:
             db = Database(pooler.through(as_service), pooled=True)
-            assert (await db.fault() or "").count('ALTER ROLE "identity_service" IN DATABASE "two-words"') >= 5
+            assert (await db.pooler_fault() or "").count('ALTER ROLE "identity_service" IN DATABASE "two-words"') >= 5
             script = (_ROOT / "deploy" / "postgresql" / "pooler.sql").read_bytes()
             with psycopg.connect(plain(url if who == "postgres" else as_service), autocommit=True) as connection:
                 connection.execute(script)
             pooler.console("RECONNECT")
-            assert await db.fault() is None
+            assert await db.pooler_fault() is None
             await db.close()
 
 
@@ -229,7 +229,7 @@ async def test_the_shipped_defaults_are_what_the_service_asks_for(who: str) -> N
 
 async def test_transactions_of_one_connection_run_in_sessions_of_others(db: Database) -> None:
     """And what they say is prepared in none of them."""
-    assert await db.fault() is None
+    assert await db.pooler_fault() is None
     seen: set[int] = set()
     prepared = text("SELECT count(*) FROM pg_prepared_statements")
 

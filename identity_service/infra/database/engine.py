@@ -100,7 +100,7 @@ class Database:
             else:
                 return answer
 
-    async def fault(self) -> str | None:
+    async def pooler_fault(self) -> str | None:
         """Return what must be changed about the role before it can be used through a pooler; None if nothing."""
         if not self._pooled:
             return None
