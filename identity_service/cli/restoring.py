@@ -209,8 +209,8 @@ async def _put_right(services: Services, tx: Transaction, orders: Orders, spare:
         raise Refused(f"the clock says {at.isoformat()}, and the audit trail has a row of {newest.isoformat()}")
     done = Done(at.isoformat())
     try:
-        done.users = await services.users.leap(tx, restore_number(at))
-        done.clients = await services.clients.leap(tx, restore_number(at))
+        done.users = await services.users.end_all_sessions(tx, restore_number(at))
+        done.clients = await services.clients.end_all_sessions(tx, restore_number(at))
     except ValueError as error:
         raise Refused(f"the clock says {at.isoformat()}, which cannot be: {error}") from None
     done.links = await services.email_tokens.revoke_every(tx)

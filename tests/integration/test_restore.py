@@ -232,14 +232,14 @@ async def test_everybody_is_reached_however_many_there_are(anywhere: Service) ->
         assert sorted(each for part in parts for each in part) == sorted(user.id for user in people)
         assert max(map(len, parts)) <= size
     number = restore_number(datetime.now(UTC))
-    assert await anywhere.within(lambda tx: anywhere.services.users.leap(tx, number)) == 7
+    assert await anywhere.within(lambda tx: anywhere.services.users.end_all_sessions(tx, number)) == 7
     assert {row.epoch for row in await anywhere.execute(select(users.c.epoch))} == {number}
-    for leap in (anywhere.services.users.leap, anywhere.services.clients.leap):
+    for end_all in (anywhere.services.users.end_all_sessions, anywhere.services.clients.end_all_sessions):
         await anywhere.a_client()
-        await anywhere.within(lambda tx, leap=leap: leap(tx, number + 1))
+        await anywhere.within(lambda tx, end_all=end_all: end_all(tx, number + 1))
         for epoch in (number, number + 1):
             with pytest.raises(ValueError, match="as far already"):
-                await anywhere.within(lambda tx, leap=leap, epoch=epoch: leap(tx, epoch))
+                await anywhere.within(lambda tx, end_all=end_all, epoch=epoch: end_all(tx, epoch))
 
 
 # -- API keys ---------------------------------------------------------------------------------------------------------
@@ -322,7 +322,7 @@ async def test_many_keys_are_given_back_batch_by_batch(anywhere: Service, named:
     services, at, epoch = anywhere.services, anywhere.clock.now(), 7
     owners = [await anywhere.a_user() for _ in range(2)]
     keys = [await a_key(anywhere, owners[number % 3 == 2]) for number in range(12)]
-    await anywhere.within(lambda tx: services.users.leap(tx, epoch))
+    await anywhere.within(lambda tx: services.users.end_all_sessions(tx, epoch))
     assert await anywhere.within(lambda tx: services.api_keys.suspend_all(tx, at=at, earlier=(), for_good=())) == 12
     await anywhere.within(lambda tx: services.users.end_sessions(tx, owners[1].id))
     wanted = [key.id for number, key in enumerate(keys) if number % 3 != 2]

@@ -149,11 +149,11 @@ class Clients:
         self._cache.forget(client_id)
         return changed.first() is not None
 
-    async def leap(self, tx: Transaction, epoch: int) -> int:
+    async def end_all_sessions(self, tx: Transaction, epoch: int) -> int:
         """
         End every session and every token of all clients by an epoch far ahead of all; return how many there are.
 
-        For a restored database; see `Users.leap`. Raises ValueError if a client's epoch is as far.
+        For a restored database; see `Users.end_all_sessions`. Raises ValueError if a client's epoch is as far.
         """
         c = clients.c
         if (await tx.execute(select(c.id).where(c.epoch >= epoch).limit(1))).first() is not None:

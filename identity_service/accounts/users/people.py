@@ -272,7 +272,7 @@ class Users:
             raise LookupError("there is no such user")
         return as_user(changed).epoch
 
-    async def leap(self, tx: Transaction, epoch: int) -> int:
+    async def end_all_sessions(self, tx: Transaction, epoch: int) -> int:
         """
         End every session of everybody by an epoch far ahead of all; return how many users there are.
 
