@@ -1,8 +1,9 @@
 """
 The one question after every fault: does what people were told agree with what the database holds?
 
-`told_and_stored` asks it of a stage on which everybody has stopped. `consistent` asks the part of it that is true at
-any moment, even in the middle of a fault: what one transaction wrote is seen whole or not at all.
+`told_and_stored` asks it of a stage on which everybody has stopped; `breaches` uses some sessions up as well, to see
+which of their tokens work. `consistent` asks the part of it that is true at any moment, even in the middle of a fault:
+what one transaction wrote is seen whole or not at all.
 """
 
 import asyncio
@@ -111,6 +112,11 @@ _BAD_LOG: Final = re.compile(
     r'never retrieved|never awaited|Traceback|ResourceWarning|^Fatal|"level":"(?:error|critical)"|"status":5(?!03\b)'
 )
 _LONGEST_LINE: Final = 1500
+
+
+async def breaches(stage: Stage, crowd: Crowd, *, used_up: int = 4) -> list[str]:
+    """Return all that is not as it must be, once everybody has stopped; uses up so many sessions to find out."""
+    return [*await told_and_stored(stage, crowd), *await one_live_token_each(stage, crowd, used_up)]
 
 
 async def told_and_stored(stage: Stage, crowd: Crowd) -> list[str]:
@@ -280,7 +286,7 @@ def logged(stage: Stage, event: str) -> Iterator[dict[str, Any]]:
 # -- by its behaviour -------------------------------------------------------------------------------------------------
 
 
-async def one_live_token_each(stage: Stage, crowd: Crowd, most: int = 4) -> list[str]:
+async def one_live_token_each(stage: Stage, crowd: Crowd, most: int) -> list[str]:
     """
     Use up some sessions: the newest token works, and once; every older one is refused, and takes the session with it.
 

@@ -12,8 +12,8 @@ from urllib.parse import urlencode
 import pytest
 
 from tests.faults.asking import connected
-from tests.faults.crowd import Crowd, at_work
-from tests.faults.invariants import left_open, one_live_token_each, told_and_stored
+from tests.faults.crowd import at_work
+from tests.faults.invariants import breaches, left_open
 from tests.faults.stage import Replica, Stage
 
 PATIENCE = 40.0  # seconds for what takes ten
@@ -26,12 +26,6 @@ BEGINNINGS = {
         "POST /v1/users HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
     ),
 }
-
-
-async def all_is_well(stage: Stage, crowd: Crowd) -> None:
-    """Assert everything that must be true of a stage on which everybody has stopped."""
-    assert await told_and_stored(stage, crowd) == []
-    assert await one_live_token_each(stage, crowd) == []
 
 
 @contextlib.asynccontextmanager
@@ -69,7 +63,7 @@ async def test_slow_callers_are_not_waited_for_and_hold_up_nobody(stage: Stage) 
         assert set(answered) == {408, 400}
         await crowd.busy(10)
         await crowd.stop()
-        await all_is_well(stage, crowd)
+        assert await breaches(stage, crowd) == []
 
 
 async def be_silent(replica: Replica) -> None:
@@ -97,7 +91,7 @@ async def test_a_flood_of_connections_shuts_nobody_out(stage: Stage) -> None:
             await asyncio.sleep(0.2)
         await crowd.busy(20)
         await crowd.stop()
-        await all_is_well(stage, crowd)
+        assert await breaches(stage, crowd) == []
 
 
 def hang_up(port: int, request: bytes, after: float) -> None:
@@ -143,4 +137,4 @@ async def test_five_hundred_who_hang_up_while_rows_are_locked_leave_nothing_behi
                 answer = await http.post(f"{replica.url}/token", data=form, headers={"idempotency-key": key})
                 assert answer.status_code == 200, answer.text
         session.tokens.append(answer.json()["refresh_token"])
-        await all_is_well(stage, crowd)
+        assert await breaches(stage, crowd) == []

