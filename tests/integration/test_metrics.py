@@ -175,10 +175,15 @@ async def test_the_hashing_pool_shows_its_queue_its_waits_and_whom_it_refused() 
 async def test_the_time_a_password_waits_is_not_the_time_it_takes() -> None:
     """A long queue calls for more threads, slow work for a cheaper hash."""
     names = ("identity_hashing_wait_seconds_sum", "identity_hashing_work_seconds_sum")
-    before, release = [value(name) for name in names], threading.Event()
+    before, begun, release = [value(name) for name in names], threading.Event(), threading.Event()
+
+    def work() -> bool:
+        begun.set()
+        return release.wait(20)
+
     with hashing(wait=20) as hasher:
-        first = asyncio.create_task(hasher._in_pool(lambda: release.wait(20)))
-        await asyncio.sleep(0)
+        first = asyncio.create_task(hasher._in_pool(work))
+        await asyncio.to_thread(begun.wait, 20)
         second = asyncio.create_task(hasher._in_pool(lambda: True))
         await asyncio.sleep(0.03)
         release.set()

@@ -78,7 +78,7 @@ def events(server: ServerProcess) -> list[str]:
 @pytest.mark.case("OPS-20")
 def test_a_server_that_leaves_says_so_first_and_finishes_what_was_begun(database_url: str) -> None:
     """Red, then deaf, then gone: with 0, and without an answer owed to anybody."""
-    with served(database_url, shutdown_delay="1.5") as (server, management), ExitStack() as stack:
+    with served(database_url, shutdown_delay="4") as (server, management), ExitStack() as stack:
         http = stack.enter_context(httpx2.Client(base_url=server.url, timeout=LONG))
         assert http.get("/.well-known/jwks.json").headers.get("connection") is None
         assert management.get("/readyz").json()["status"] == "ready"
