@@ -1,9 +1,8 @@
 """What a server does by itself: keep its keys and its clock, and write down what it counted."""
 
 import asyncio
-import contextlib
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from datetime import UTC, timedelta
 from typing import Any
 
 import structlog
@@ -12,7 +11,6 @@ from identity_service.infra.audit import SCHEDULE, ChainBroken
 from identity_service.infra.database import DatabaseUnavailable, Transaction
 from identity_service.infra.outbox import MailQueueFull
 from identity_service.infra.runtime import SystemClock
-from identity_service.infra.telemetry.metrics import AUDIT_CHAIN_BROKEN
 from identity_service.main.leased_jobs import LeasedJob, in_batches, run_for_ever, show_states, watch
 from identity_service.main.mail_job import build_letterhead, measure_mails, send_mails
 from identity_service.main.services import Services
@@ -25,8 +23,6 @@ _DAY = 24 * _HOUR
 _BATCH = 500  # rows deleted in one transaction: no request waits for longer than that takes
 _STRIDE, _REST = 100, 0.02  # rows that are looked at in one go, and seconds in which requests alone are served
 _WARNED_BEFORE = timedelta(days=7)
-
-_found_broken: dict[str, datetime] = {}
 
 
 async def load_keys(services: Services) -> None:
@@ -124,9 +120,7 @@ async def _look_at_jobs(services: Services) -> None:
     """Keep the metrics of all jobs true in this replica, also of those that another one does."""
     states = await services.db.run(services.leases.all)
     show_states(states)
-    for job in states:
-        if job.name in _found_broken and job.done_at is not None and job.done_at > _found_broken[job.name]:
-            _show_chain_whole(job.name)  # another replica has found it so since
+    services.chain_alarm.hear(states)
     await measure_mails(services.db.run, services.outbox)
 
 
@@ -156,7 +150,7 @@ async def _purge(services: Services) -> None:
 
 async def _seal_audit(services: Services) -> None:
     """Seal what was written since the last time; each batch's seal goes to the log, where no database can cut it."""
-    with _watching_the_chain(services, "audit_seal"):
+    with services.chain_alarm.watching("audit_seal"):
         while True:
             sealed = await services.db.run(services.audit_chain.seal)
             if not sealed.count:
@@ -167,13 +161,13 @@ async def _seal_audit(services: Services) -> None:
 async def _retain_audit(services: Services) -> None:
     """Remove the sealed rows that were kept long enough."""
     older_than = services.clock.now() - timedelta(seconds=services.settings.audit_retention)
-    with _watching_the_chain(services, "audit_retention"):
+    with services.chain_alarm.watching("audit_retention"):
         await in_batches(services.db, lambda tx: services.audit_chain.retain(tx, older_than, _BATCH))
 
 
 async def _verify_audit(services: Services) -> None:
     """Walk along the whole chain at a pace that no request feels: a few thousand rows a second."""
-    with _watching_the_chain(services, "audit_verify"):
+    with services.chain_alarm.watching("audit_verify"):
         walk = services.audit_chain.verification(page=_STRIDE)
         more = True
         while more:
@@ -182,24 +176,6 @@ async def _verify_audit(services: Services) -> None:
         if walk.fault is not None:
             raise ChainBroken(walk.fault)
         log.info("audit.verified", rows=walk.checked, seq=walk.seq, mac=walk.mac.hex(), gaps=len(walk.gaps))
-
-
-@contextlib.contextmanager
-def _watching_the_chain(services: Services, job: str) -> Iterator[None]:
-    """Say, for as long as a job finds it so, that the audit trail was tampered with."""
-    try:
-        yield
-    except ChainBroken as broken:
-        AUDIT_CHAIN_BROKEN.labels(job).set(1)
-        _found_broken[job] = services.clock.now()
-        log.error("audit.chain_broken", seq=broken.fault.seq, fault=broken.fault.wrong)
-        raise
-    _show_chain_whole(job)
-
-
-def _show_chain_whole(job: str) -> None:
-    AUDIT_CHAIN_BROKEN.labels(job).set(0)
-    _found_broken.pop(job, None)
 
 
 async def _send_mails(services: Services) -> None:

@@ -35,6 +35,7 @@ from identity_service.infra.runtime.hashing import PasswordHasher
 from identity_service.infra.tables import OLDEST_SCHEMA_REVISION
 from identity_service.infra.telemetry import Tracer
 from identity_service.infra.telemetry.metrics import LIMITER_DEGRADED
+from identity_service.main.chain_alarm import ChainAlarm
 from identity_service.main.mail_job import build_mailer
 from identity_service.oauth.grants.client_credentials import ClientCredentials
 from identity_service.oauth.grants.password import Password
@@ -124,6 +125,7 @@ class Services:
     local_limiter: Limiter
     audit: AuditTrail
     audit_chain: AuditChain
+    chain_alarm: ChainAlarm
     access: Access
     clients: Clients
     hasher: PasswordHasher
@@ -252,6 +254,7 @@ def build_services(
         local_limiter=local_limiter,
         audit=audit,
         audit_chain=AuditChain(clock, data_keys),
+        chain_alarm=ChainAlarm(clock),
         access=access,
         clients=clients,
         hasher=hasher,

@@ -15,7 +15,7 @@ from identity_service.accounts.users import User
 from identity_service.infra.audit import ChainBroken
 from identity_service.infra.database import Transaction
 from identity_service.infra.tables import api_keys, audit_events, email_tokens, outbox, users
-from identity_service.main.jobs import AUDIT_CHAIN_BROKEN
+from identity_service.infra.telemetry.metrics import AUDIT_CHAIN_BROKEN
 from tests.support.service import PASSWORD, Service, running, test_settings
 
 DAY = 86400
