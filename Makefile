@@ -5,7 +5,6 @@ BIN    := $(VENV)/bin
 PORT   ?= 8000
 HOST   ?= 127.0.0.1
 STAMP  := $(VENV)/.installed
-TOOLS  := promtool nginx
 AUDIT  := $(VENV)/audit/bin
 # Whom `make audit` asks: pypi or osv.
 AUDIT_SERVICE ?= pypi
@@ -39,7 +38,7 @@ run: $(STAMP) ## Serve on this machine with SQLite and a demo user (PORT=9000 to
 	@exec $(BIN)/identity-service dev --host $(HOST) --port $(PORT)
 
 tools: $(STAMP) ## Find, or bring without installing, the programs that some tests run
-	@$(BIN)/python -m tests.support.tools $(TOOLS)
+	@$(BIN)/python -m tests.support.tools
 
 test: $(STAMP) tools ## Run the whole suite against real PostgreSQL and Redis (found or brought)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
