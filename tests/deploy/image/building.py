@@ -17,6 +17,8 @@ from tests.deploy.image.stand_in import base_of, stand_in
 
 ROOT = Path(__file__).parents[3]
 CANARY = "must-not-be-in-an-image-5b1e"
+EPOCH = "946684800"
+"""The time of every file, as `make image` has it: one that never changes leaves layers that did not as they are."""
 
 _NEEDED = ("Dockerfile", ".dockerignore", "LICENSE", "README.md", "pyproject.toml")
 _NEEDED_FOLDERS = ("identity_service", "migrations", "requirements")
@@ -25,7 +27,6 @@ _LYING_ABOUT = (
     *("identity_service/.env", "identity_service/.git/config", "identity_service/__pycache__/app.cpython-313.pyc"),
     *("identity_service/oauth/signing.pem", "migrations/.env.local", "migrations/versions/__pycache__/x.pyc"),
 )
-_EPOCH = "946684800"  # as in the Makefile: a time that never changes leaves layers that did not as they are
 _MIRROR = ("cert", "extra-index-url", "index-url", "proxy", "timeout", "trusted-host")
 _AUTHORITIES = "/etc/ssl/certs/ca-certificates.crt"
 
@@ -42,7 +43,7 @@ class Recipe:
     def build(self, tag: str, source: Path, *, cached: bool = True) -> str:
         """Build `tag` from the Dockerfile in `source`; return the image's id. Raises Impossible."""
         ended = podman(
-            *("build", "--isolation", "chroot", "--pull=never", "--format", "oci", "--timestamp", _EPOCH),
+            *("build", "--isolation", "chroot", "--pull=never", "--format", "oci", "--timestamp", EPOCH),
             *(() if cached else ("--no-cache",)),
             *("--build-arg", f"PYTHON_IMAGE={self.base}"),
             *("--label", f"org.opencontainers.image.revision={self.revision}"),

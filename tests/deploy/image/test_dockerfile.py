@@ -5,7 +5,7 @@ import tomllib
 
 import pytest
 
-from tests.deploy.image.building import ROOT
+from tests.deploy.image.building import EPOCH, ROOT
 from tests.deploy.image.faults import IN_IMAGES, IN_IMAGES_THAT_RUN, IN_MANIFESTS
 from tests.deploy.image.stand_in import base_of
 
@@ -53,6 +53,11 @@ def test_only_what_is_named_gets_near_a_build() -> None:
 def test_the_place_of_building_has_left_no_trace() -> None:
     """A mirror, a proxy and their authorities belong to whoever builds."""
     assert not re.search(r"(?i)proxy|index-url|trusted-host|\.crt|\.pem|ssl_cert|pip\.conf", DOCKERFILE)
+
+
+def test_the_files_of_a_tested_image_have_the_time_that_make_image_gives_them() -> None:
+    """Or what was shown to be the same bytes would not be what people build."""
+    assert f"epoch={EPOCH};" in (ROOT / "Makefile").read_text("utf-8")
 
 
 def test_every_fault_can_still_be_made() -> None:
