@@ -1,13 +1,12 @@
 """Two replicas on a PostgreSQL and a Redis of our own, each of them reached through a network in the test's hand."""
 
 import asyncio
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager
 from types import TracebackType
-from typing import Any, Final, Self, final
+from typing import Final, Self, final
 
 import httpx2
 import psycopg
@@ -16,6 +15,7 @@ from sqlalchemy.engine import make_url
 from identity_service.infra.migrate import migrate
 from identity_service.main import build_services, load_keys
 from tests.support.fault_proxy import FaultProxy
+from tests.support.loop_thread import LoopThread
 from tests.support.server_process import COMMAND, ServerProcess
 from tests.support.servers import CRASHABLE, LocalPostgres, LocalRedis, free_port, own_postgres, own_redis
 from tests.support.service import ISSUER, Service, test_settings
@@ -49,8 +49,6 @@ class PostOffice:
 
     def __init__(self) -> None:
         self.server = SmtpServer()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="post-office", daemon=True)
 
     @property
     def port(self) -> int:
@@ -58,21 +56,16 @@ class PostOffice:
         return self.network.port
 
     def __enter__(self) -> Self:
-        self._thread.start()
-        self._do(self.server.start())
+        self._own = LoopThread("post-office")
+        self._own.do(self.server.start())
         self.network = FaultProxy("127.0.0.1", self.server.port)
         self.network.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.network.__exit__(None, None, None)
-        self._do(self.server.stop())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(_PATIENCE)
-        self._loop.close()
-
-    def _do(self, work: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(work, self._loop).result(_PATIENCE)
+        self._own.do(self.server.stop())
+        self._own.close()
 
 
 @final

@@ -11,17 +11,14 @@ import asyncio
 import contextlib
 import socket
 import struct
-import threading
-from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar, final
+from typing import Final, Self, final
 
-Answer = TypeVar("Answer")
+from tests.support.loop_thread import LoopThread
 
 _HOST: Final = "127.0.0.1"
 _PIECE: Final = 64 * 1024
-_PATIENCE: Final = 10.0  # seconds for the balancer's own thread to do what it is told, which takes milliseconds
 _PROBE_PATIENCE: Final = 1.0  # seconds for an answer about readiness; no answer is one, too
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
@@ -80,14 +77,14 @@ class Balancer:
         async def know() -> Backend:
             await self._forget(name)
             backend = self._backends[name] = Backend(name, port, management_port)
-            backend.probing = self._loop.create_task(self._watch(backend))
+            backend.probing = asyncio.create_task(self._watch(backend))
             return backend
 
-        return self._do(know())
+        return self._own.do(know())
 
     def drop(self, name: str) -> None:
         """Forget a replica; connections that it has stay."""
-        self._do(self._forget(name))
+        self._own.do(self._forget(name))
 
     def backend(self, name: str) -> Backend:
         """Return a replica by its name."""
@@ -96,23 +93,16 @@ class Balancer:
     # -- its life -------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        self._loop = asyncio.SelectorEventLoop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="balancer", daemon=True)
-        self._thread.start()
-        self._server = self._do(asyncio.start_server(self._accept, _HOST, 0, backlog=1024))
+        self._own = LoopThread("balancer")
+        self._server = self._own.do(asyncio.start_server(self._accept, _HOST, 0, backlog=1024))
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._do(self._close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(_PATIENCE)
-        self._loop.close()
-
-    def _do(self, work: Coroutine[Any, Any, Answer]) -> Answer:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(_PATIENCE)
+        self._own.do(self._close())
+        self._own.close()
 
     async def _close(self) -> None:
         self._server.close()
@@ -137,7 +127,7 @@ class Balancer:
         """Ask one replica for its readiness until cancelled."""
         while True:
             ready = await self._is_ready(backend) if self._heeds_readiness else True
-            self._loop.call_later(self._late, self._hear, backend, ready)
+            asyncio.get_running_loop().call_later(self._late, self._hear, backend, ready)
             await asyncio.sleep(self._every)
 
     @staticmethod
@@ -160,7 +150,7 @@ class Balancer:
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._open.add(writer)
-        task = self._loop.create_task(self._serve(reader, writer))
+        task = asyncio.create_task(self._serve(reader, writer))
         self._connections.add(task)
         task.add_done_callback(self._connections.discard)
 
@@ -179,8 +169,8 @@ class Balancer:
         self._open.add(server)
         backend.served += 1
         ways = [
-            self._loop.create_task(_carry(requests, server)),
-            self._loop.create_task(_carry(answers, client)),
+            asyncio.create_task(_carry(requests, server)),
+            asyncio.create_task(_carry(answers, client)),
         ]
         cut_off = False
         try:

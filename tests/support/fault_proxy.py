@@ -9,23 +9,22 @@ import asyncio
 import contextlib
 import socket
 import struct
-import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Final, Literal, Self, TypeVar, final
+from typing import Final, Literal, Self, final
 
 from sqlalchemy.engine import make_url
+
+from tests.support.loop_thread import LoopThread
 
 Stream = Literal["to_server", "to_client"]
 """Which half of a conversation: what the client says, or what the server says."""
 Place = bytes | int | Callable[[bytes], bool]
 """Where to cut: at the piece that completes these bytes, after so many bytes, or when the function says so."""
-Answer = TypeVar("Answer")
 
 _HOST: Final = "127.0.0.1"
 _PIECE: Final = 64 * 1024
-_PATIENCE: Final = 10.0  # seconds for the proxy's own thread to do what it is told, which takes milliseconds
 _DEFAULT_PORTS: Final = {"postgresql": 5432, "redis": 6379}
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
@@ -125,11 +124,11 @@ class FaultProxy:
 
     def refuse(self) -> None:
         """Refuse new connections, as a machine without the server does; those that are open stay."""
-        self._do(self._stop_listening())
+        self._own.do(self._stop_listening())
 
     def cut(self) -> None:
         """Reset every open connection now; new ones are accepted as before."""
-        self._do(self._reset_all())
+        self._own.do(self._reset_all())
 
     def blackhole(self) -> None:
         """Accept connections and hand nothing on, in either direction; what is sent meanwhile arrives after `heal`."""
@@ -138,7 +137,7 @@ class FaultProxy:
             self._flowing.clear()
             await self._listen()
 
-        self._do(swallow())
+        self._own.do(swallow())
 
     def delay(self, seconds: float) -> None:
         """Hold back each piece for so long, in both directions; 0 ends it."""
@@ -146,7 +145,7 @@ class FaultProxy:
         async def slow_down() -> None:
             self._delay = seconds
 
-        self._do(slow_down())
+        self._own.do(slow_down())
 
     def cut_after(self, place: Place, *, stream: Stream = "to_server", deliver: bool = True) -> None:
         """
@@ -160,7 +159,7 @@ class FaultProxy:
         async def arm() -> None:
             self._cut = _Cut(place, stream, deliver)
 
-        self._do(arm())
+        self._own.do(arm())
 
     def heal(self) -> None:
         """Be a good proxy again, and forget a cut that has not come about."""
@@ -170,28 +169,24 @@ class FaultProxy:
             self._flowing.set()
             await self._listen()
 
-        self._do(undo())
+        self._own.do(undo())
 
     # -- its life -------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        self._loop = asyncio.SelectorEventLoop()
+        self._own = LoopThread("fault-proxy")
         self._flowing = asyncio.Event()
         self._flowing.set()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="fault-proxy", daemon=True)
-        self._thread.start()
         self._listener = _bound(0)
         self.port = self._listener.getsockname()[1]
-        self._do(self._listen())
+        self._own.do(self._listen())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._do(self._close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(_PATIENCE)
-        self._loop.close()
+        self._own.do(self._close())
+        self._own.close()
 
     async def __aenter__(self) -> Self:
         return self.__enter__()
@@ -200,10 +195,6 @@ class FaultProxy:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.__exit__(kind, error, trace)
-
-    def _do(self, work: Coroutine[Any, Any, Answer]) -> Answer:
-        """Run something in the proxy's thread, which alone touches its state, and wait for it."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(_PATIENCE)
 
     async def _listen(self) -> None:
         if self._server is None:
@@ -236,7 +227,7 @@ class FaultProxy:
         self.connections += 1
         connection = _Connection(writer)
         self._connections.add(connection)
-        connection.task = self._loop.create_task(self._serve(connection, reader))
+        connection.task = asyncio.create_task(self._serve(connection, reader))
 
     async def _serve(self, connection: _Connection, requests: asyncio.StreamReader) -> None:
         ways: list[asyncio.Task[None]] = []
@@ -244,8 +235,8 @@ class FaultProxy:
             await self._flowing.wait()
             answers, connection.server = await asyncio.open_connection(*self._target)
             ways = [
-                self._loop.create_task(self._carry(connection, "to_server", requests, connection.server)),
-                self._loop.create_task(self._carry(connection, "to_client", answers, connection.client)),
+                asyncio.create_task(self._carry(connection, "to_server", requests, connection.server)),
+                asyncio.create_task(self._carry(connection, "to_client", answers, connection.client)),
             ]
             await asyncio.gather(*ways)
         except OSError:  # one side is gone, or was never there; the other shall notice
