@@ -26,6 +26,7 @@ from identity_service.accounts.clients import NewClient
 from identity_service.infra.runtime import Secret
 from identity_service.infra.tables import metadata
 from identity_service.main import Services, build_services
+from tests.support.addresses import plain
 from tests.support.server_process import ServerProcess
 from tests.support.servers import free_port
 from tests.support.service import ISSUER, MASTER_KEY, test_settings
@@ -91,7 +92,7 @@ class Canaries:
 
 def everything_in(database_url: str) -> str:
     """Return every row of every table as text."""
-    with psycopg.connect(database_url.replace("+psycopg", "")) as connection:
+    with psycopg.connect(plain(database_url)) as connection:
         rows = [
             row[0]
             for table in metadata.sorted_tables
@@ -179,7 +180,7 @@ def test_no_secret_is_seen_again(database_url: str, redis_url: str, log_json: st
         with httpx2.Client(base_url=server.url, timeout=10) as http:
             canaries = drive(http, client_id, secret)
             everything = everything_in(database_url)
-            with psycopg.connect(database_url.replace("+psycopg", ""), autocommit=True) as connection:
+            with psycopg.connect(plain(database_url), autocommit=True) as connection:
                 connection.execute("ALTER TABLE audit_events ADD CONSTRAINT planted CHECK (false) NOT VALID")
             form = {"grant_type": "password", "username": "kanarie", "password": PASSWORD}
             fault = http.post("/token", data=form, auth=(client_id, secret))
@@ -320,7 +321,7 @@ def test_whatever_is_sent_each_event_is_one_line_of_our_own_words(database_url: 
     assert {line["route"] for line in requests} <= {*endpoints, "unmatched", "unknown host", "refused"}
     assert all(re.fullmatch("[0-9a-f]{16}", line["request_id"]) for line in requests)
     assert len({line["request_id"] for line in requests}) == len(requests)
-    with psycopg.connect(database_url.replace("+psycopg", "")) as connection:
+    with psycopg.connect(plain(database_url)) as connection:
         rows = connection.execute("SELECT coalesce(network, '') || coalesce(target, '') FROM audit_events").fetchall()
     assert rows
     assert all(re.fullmatch(r"[0-9A-Za-z.:/_ -]*", row[0]) for row in rows)

@@ -22,6 +22,7 @@ from identity_service.infra.runtime.envelope import MasterKeys
 from identity_service.infra.tables import SCHEMA_REVISION, metadata
 from identity_service.main.jobs import leased_jobs
 from tests.support import servers
+from tests.support.addresses import plain
 from tests.support.clock import FrozenClock
 from tests.support.servers import LocalPostgres
 from tests.support.service import MASTER_KEY, PASSWORD, Service, running, test_settings
@@ -85,13 +86,13 @@ def server() -> Iterator[LocalPostgres]:
 @pytest.fixture(scope="module")
 def prepare(server: LocalPostgres) -> Callable[[], Roles]:
     """Return what makes a database as deploy/README.md says; its administrator is no superuser."""
-    with psycopg.connect(server.url.replace("+psycopg", ""), autocommit=True) as connection:
+    with psycopg.connect(plain(server.url), autocommit=True) as connection:
         connection.execute("CREATE ROLE administrator LOGIN CREATEROLE PASSWORD 'administrator'")
         connection.execute("CREATE ROLE stranger LOGIN PASSWORD 'stranger'")
 
     def made() -> Roles:
         name = f"identity_{secrets.token_hex(4)}"
-        with psycopg.connect(server.url.replace("+psycopg", ""), autocommit=True) as connection:
+        with psycopg.connect(plain(server.url), autocommit=True) as connection:
             connection.execute(sql.SQL("CREATE DATABASE {} OWNER administrator").format(sql.Identifier(name)))
         address = make_url(server.url).set(drivername="postgresql", database=name)
 
@@ -271,7 +272,7 @@ async def test_no_row_of_the_audit_trail_is_altered_or_removed_before_its_time(t
     await trail.write(2)
     trail.clock.set(datetime.now(UTC) - timedelta(days=500))  # old as it looks, nobody has sealed it
     await trail.write(1)
-    address = trail.db.url.set(drivername="postgresql").render_as_string(hide_password=False)
+    address = plain(trail.db.url)
     thief = Roles("", "", address)
     before = thief.as_service("SELECT * FROM audit_events ORDER BY id")
     for statement in (

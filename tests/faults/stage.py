@@ -10,10 +10,10 @@ from typing import Final, Self, final
 
 import httpx2
 import psycopg
-from sqlalchemy.engine import make_url
 
 from identity_service.infra.migrate import migrate
 from identity_service.main import build_services, load_keys
+from tests.support.addresses import plain
 from tests.support.fault_proxy import FaultProxy
 from tests.support.loop_thread import LoopThread
 from tests.support.server_process import COMMAND, ServerProcess
@@ -245,8 +245,7 @@ class Stage:
 
     def connect(self) -> psycopg.Connection:
         """Return a session beside the service's, past every proxy, which commits each statement."""
-        plain = make_url(self.database_url).set(drivername="postgresql").render_as_string(hide_password=False)
-        return psycopg.connect(plain, autocommit=True, application_name="stage")
+        return psycopg.connect(plain(self.database_url), autocommit=True, application_name="stage")
 
     def log_text(self) -> str:
         """Return everything that the replicas have written."""

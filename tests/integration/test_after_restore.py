@@ -22,7 +22,8 @@ from identity_service.infra.tables import (
     users,
 )
 from identity_service.settings import UnsafeSettings
-from tests.support.backups import Backups, plain
+from tests.support.addresses import plain
+from tests.support.backups import Backups
 from tests.support.commands import OTHER_KEY, PROGRAM, ROOT, Cli
 from tests.support.keys import a_key, an_exchanger, exchange
 from tests.support.people import an_app, signed_in

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 
 import psycopg
 import pytest
-from sqlalchemy.engine import make_url
 
 from identity_service.infra.audit import EVENTS, Origin
 from identity_service.infra.database import Transaction
+from tests.support.addresses import plain
 from tests.support.commands import OTHER_KEY, PROGRAM, Cli
 from tests.support.trail import Trail, opened_trail
 
@@ -427,7 +427,7 @@ def test_an_export_that_cannot_be_recorded_gives_nothing_away(
         assert "the database cannot be reached" in on_postgres.run("audit", "export", *words).refused()
     assert not output.exists()
     assert list(tmp_path.glob(".export-*")) == []
-    with psycopg.connect(make_url(database_url).set(drivername="postgresql").render_as_string(False)) as connection:
+    with psycopg.connect(plain(database_url)) as connection:
         connection.execute("DROP TRIGGER planted ON audit_events")
     assert on_postgres.run("audit", "export", "--output", str(output)).code == 0
     assert len(output.read_bytes().splitlines()) == 1

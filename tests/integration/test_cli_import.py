@@ -30,6 +30,7 @@ from identity_service.accounts.user_imports import FIELDS, ImportRules, Line, re
 from identity_service.accounts.users.imports import LARGEST_BATCH, ImportedUser, Outcome, UserImports
 from identity_service.infra.runtime.hashing import NFKC_FORM, RAW_FORM
 from identity_service.infra.tables import audit_events, users
+from tests.support.addresses import plain
 from tests.support.commands import CHEAP, PROGRAM, Cli, Forge, Result
 from tests.support.foreign_hashes import MADE
 from tests.support.races import blocked, held
@@ -268,7 +269,7 @@ def undo(cli: Cli, prefix: str) -> None:
             lite.execute("DELETE FROM users WHERE username LIKE ?", (prefix + "%",))
         lite.close()
     else:
-        with psycopg.connect(url.replace("+psycopg", "")) as connection:
+        with psycopg.connect(plain(url)) as connection:
             connection.execute("DELETE FROM users WHERE username LIKE %s", (prefix + "%",))
 
 
@@ -488,7 +489,7 @@ def test_a_run_that_is_killed_is_completed_by_the_next(on_postgres: Cli, databas
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         ) as process,
-        psycopg.connect(database_url.replace("+psycopg", ""), autocommit=True) as connection,
+        psycopg.connect(plain(database_url), autocommit=True) as connection,
     ):
         deadline = time.monotonic() + 60
         while (arrived := _count(connection)) < 100:

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 import psycopg
 import pytest
 from sqlalchemy import Integer, select, text
-from sqlalchemy.engine import make_url
 
 from identity_service.infra.database import (
     Database,
@@ -18,6 +17,7 @@ from identity_service.infra.database import (
     TransactionConflict,
 )
 from identity_service.settings import UnsafeSettings
+from tests.support.addresses import plain
 from tests.support.fault_proxy import FaultProxy
 from tests.support.service import running, test_settings
 
@@ -41,9 +41,8 @@ async def leave(db: Database, after: float) -> None:
 
 async def all_are_closed(url: str) -> bool:
     """Tell whether nobody but who asks is connected; a server takes a moment to notice that somebody left."""
-    plain = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
     others = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
-    async with await psycopg.AsyncConnection.connect(plain, autocommit=True) as connection:
+    async with await psycopg.AsyncConnection.connect(plain(url), autocommit=True) as connection:
         for _ in range(200):
             row = await (await connection.execute(others)).fetchone()
             if row == (0,):

@@ -10,7 +10,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from sqlalchemy import make_url, text
+from sqlalchemy import text
 
 from identity_service.infra import migrate as migrating
 from identity_service.infra.migrate import migrate
@@ -18,6 +18,7 @@ from identity_service.infra.migration_plan import Lock, locks_of, plan
 from identity_service.infra.tables import OLDEST_SCHEMA_REVISION, SCHEMA_REVISION
 from identity_service.main import services
 from identity_service.web import health
+from tests.support.addresses import plain
 from tests.support.commands import PASSWORD, Cli
 from tests.support.migrations import revisions, shape
 from tests.support.servers import PostgresServer
@@ -53,7 +54,7 @@ def old_url(empty_url: str) -> str:
 
 def execute(url: str, *statements: str) -> list[Any]:
     """Run statements as somebody else; return the rows of the last."""
-    address = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+    address = plain(url)
     with psycopg.connect(address, autocommit=True) as connection:
         cursors = [connection.execute(statement) for statement in statements]
         return cursors[-1].fetchall() if cursors[-1].description else []
@@ -311,7 +312,7 @@ def test_a_migration_needs_the_database_and_nothing_else(bare: Cli, old_url: str
 @pytest.mark.case("OPS-18")
 def test_a_migration_that_is_held_up_says_so_in_a_sentence(bare: Cli, old_url: str) -> None:
     """With exit code 1, and what to do; then it can be run again."""
-    address = make_url(old_url).set(drivername="postgresql").render_as_string(hide_password=False)
+    address = plain(old_url)
     with psycopg.connect(address, application_name="a report") as somebody:
         somebody.execute("SELECT count(*) FROM users")
         held = bare.run("migrate", "--patience", "1", IDENTITY_DATABASE_URL=old_url)

@@ -14,11 +14,12 @@ from typing import Any
 
 import psycopg
 import pytest
-from sqlalchemy import Engine, event, inspect, make_url
+from sqlalchemy import Engine, event, inspect
 
 from identity_service.infra.migrate import MigrationBlocked, connected, migrate
 from identity_service.infra.migration_plan import LOCKS, plan
 from identity_service.infra.tables import SCHEMA_REVISION
+from tests.support.addresses import plain
 from tests.support.migrations import revisions, shape
 from tests.support.servers import FAST, PostgresServer, own_postgres
 
@@ -50,7 +51,7 @@ def large(postgres_server: PostgresServer, tmp_path_factory: pytest.TempPathFact
     name = f"large_{os.getpid()}"
     url = postgres_server.create_database(name)
     migrate(url, revision="0001")
-    with psycopg.connect(address(url), autocommit=True) as connection:
+    with psycopg.connect(plain(url), autocommit=True) as connection:
         connection.execute(_FILL)
     yield name
     postgres_server.drop_database(name)
@@ -72,20 +73,16 @@ def small_url(postgres_server: PostgresServer) -> Iterator[str]:
     postgres_server.drop_database(name)
 
 
-def address(url: str) -> str:
-    return make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
-
-
 def ask(url: str, statement: str) -> list[Any]:
     """Return the rows of a statement, run by somebody else."""
-    with psycopg.connect(address(url), autocommit=True) as connection:
+    with psycopg.connect(plain(url), autocommit=True) as connection:
         return connection.execute(statement).fetchall()
 
 
 @contextmanager
 def holding(url: str, statement: str, *, name: str = "somebody") -> Iterator[psycopg.Connection]:
     """Run a statement in a transaction that stays open, until the block ends or the transaction is ended by hand."""
-    with psycopg.connect(address(url), application_name=name) as connection:
+    with psycopg.connect(plain(url), application_name=name) as connection:
         connection.execute(statement)
         yield connection
         connection.rollback()
@@ -125,7 +122,7 @@ def until_it_waits(url: str, *, within: float = 60) -> int:
         "SELECT pid FROM pg_stat_activity WHERE application_name = 'identity-service migrate'"
         " AND datname = current_database() AND wait_event_type = 'Lock'"
     )
-    with psycopg.connect(address(url), autocommit=True) as connection:
+    with psycopg.connect(plain(url), autocommit=True) as connection:
         while (found := connection.execute(query).fetchone()) is None:
             assert time.monotonic() < deadline, "the migration did not wait"
             time.sleep(0.01)
@@ -147,7 +144,7 @@ class Traffic:
     done: threading.Event = field(default_factory=threading.Event)
 
     def __call__(self) -> None:
-        with psycopg.connect(address(self.url), autocommit=True, options=REQUEST_OPTIONS) as connection:
+        with psycopg.connect(plain(self.url), autocommit=True, options=REQUEST_OPTIONS) as connection:
             while not self.done.is_set():
                 for statement in self.statements:
                     begun = time.monotonic()
@@ -210,7 +207,7 @@ def test_an_index_is_built_while_others_write(url: str, table: str, change: str)
         pid = until_it_waits(url)
         held = "SELECT mode FROM pg_locks WHERE pid = {} AND relation = '{}'::regclass AND granted"
         assert ask(url, held.format(pid, table)) == [("ShareUpdateExclusiveLock",)]
-        with psycopg.connect(address(url), options="-c lock_timeout=300") as other:
+        with psycopg.connect(plain(url), options="-c lock_timeout=300") as other:
             other.execute(change.format("max"))
             other.execute(f"SELECT count(*) FROM {table} WHERE id IS NULL")  # noqa: S608  # our own name
         time.sleep(1)  # longer than it would wait for a lock that holds others up
@@ -254,7 +251,7 @@ def test_the_plan_names_the_locks_that_postgresql_takes(small_url: str, revision
                 if table in tables and mode in LOCKS:
                     taken[table] = max(taken.get(table, mode), mode, key=LOCKS.index)
 
-    with psycopg.connect(address(small_url), autocommit=True) as watcher:
+    with psycopg.connect(plain(small_url), autocommit=True) as watcher:
         event.listen(Engine, "after_cursor_execute", look)
         try:
             migrate(small_url, revision=revision)
@@ -320,7 +317,7 @@ def test_a_migration_gets_past_the_servers_own_cleaning_up() -> None:
     with own_postgres({**FAST, "autovacuum_naptime": "1s", "log_autovacuum_min_duration": "0"}) as server:
         url = server.create_database("cleaned")
         migrate(url, revision="0002")
-        with psycopg.connect(address(url), autocommit=True) as connection:
+        with psycopg.connect(plain(url), autocommit=True) as connection:
             connection.execute(
                 "ALTER TABLE audit_events SET (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1,"
                 " autovacuum_vacuum_cost_delay = 100, autovacuum_vacuum_cost_limit = 1)"

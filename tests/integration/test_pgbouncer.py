@@ -23,6 +23,7 @@ from identity_service.infra.migrate import migrate
 from identity_service.infra.runtime import SystemClock
 from identity_service.infra.tables import SCHEMA_REVISION
 from identity_service.settings import UnsafeSettings
+from tests.support.addresses import plain
 from tests.support.commands import Cli, Forge, in_production
 from tests.support.fault_proxy import FaultProxy
 from tests.support.operators import an_operator
@@ -43,11 +44,6 @@ NOT_SPOKEN_OF: dict[str, dict[str, str]] = {
     "options are lost": {"ignore_startup_parameters": "options"},
     "sessions are kept": {"pool_mode": "session", "ignore_startup_parameters": "options"},
 }
-
-
-def plain(url: str) -> str:
-    """Return a URL as psycopg reads it."""
-    return make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
 
 
 @pytest.fixture

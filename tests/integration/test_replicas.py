@@ -25,6 +25,7 @@ from identity_service.infra.data_keys import PURPOSES
 from identity_service.infra.migrate import migrate
 from identity_service.infra.runtime import SystemClock
 from identity_service.infra.tables import audit_events, leases
+from tests.support.addresses import plain
 from tests.support.operators import EVERY_SCOPE, Operator
 from tests.support.pgbouncer import PgBouncer, give_defaults
 from tests.support.replicas import PROMISE, Replica, replicas, servers
@@ -259,7 +260,7 @@ async def test_what_a_killed_replica_was_doing_another_does_when_its_lease_has_r
     held = select(leases.c.holder, leases.c.until).where(leases.c.name == "audit_seal")
     async with (
         running(test_settings(way.direct), SystemClock()) as hand,
-        await psycopg.AsyncConnection.connect(way.direct.replace("+psycopg", ""), autocommit=True) as watcher,
+        await psycopg.AsyncConnection.connect(plain(way.direct), autocommit=True) as watcher,
     ):
         await watcher.execute(
             "CREATE TEMPORARY VIEW others AS SELECT wait_event_type, state, now() - state_change AS lasting"
@@ -331,7 +332,7 @@ async def test_processes_that_start_together_on_an_empty_database_agree_on_their
         assert published[0] == published[1]
         kids = {key["kid"] for key in published[0]["keys"]}
         assert len(kids) == 2
-        with psycopg.connect(way.direct.replace("+psycopg", "")) as connection:
+        with psycopg.connect(plain(way.direct)) as connection:
             assert {row[0] for row in connection.execute("SELECT kid FROM signing_keys")} == kids
             purposes = [row[0] for row in connection.execute("SELECT purpose FROM data_keys")]
         assert sorted(purposes) == sorted(PURPOSES)

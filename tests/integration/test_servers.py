@@ -19,6 +19,7 @@ from sqlalchemy import make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from tests.support import servers
+from tests.support.addresses import plain
 from tests.support.servers import DURABLE, LocalPostgres, LocalRedis, PostgresServer, RedisServer
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 @contextlib.contextmanager
 def connected(url: str) -> Iterator[psycopg.Connection[TupleRow]]:
-    with psycopg.connect(url.replace("+psycopg", ""), autocommit=True) as connection:
+    with psycopg.connect(plain(url), autocommit=True) as connection:
         yield connection
 
 
@@ -185,7 +186,7 @@ def test_a_killed_run_leaves_no_server_behind():
 
 
 def test_a_named_server_is_preferred_and_not_ours_to_stop(postgres_server, redis_server, monkeypatch):
-    monkeypatch.setenv("TEST_DATABASE_URL", postgres_server.url.replace("+psycopg", ""))
+    monkeypatch.setenv("TEST_DATABASE_URL", plain(postgres_server.url))
     monkeypatch.setenv("TEST_REDIS_URL", redis_server.url)
 
     database, cache = servers.find_postgres(), servers.find_redis()

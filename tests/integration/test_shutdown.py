@@ -12,6 +12,7 @@ import httpx2
 import psycopg
 import pytest
 
+from tests.support.addresses import plain
 from tests.support.fault_proxy import FaultProxy
 from tests.support.server_process import ServerProcess
 from tests.support.servers import free_port
@@ -121,7 +122,7 @@ def test_leases_are_given_back_by_who_leaves(database_url: str) -> None:
     """Whoever comes next need not wait until they run out."""
     with (
         served(database_url) as (server, _),
-        psycopg.connect(database_url.replace("+psycopg", ""), autocommit=True) as connection,
+        psycopg.connect(plain(database_url), autocommit=True) as connection,
     ):
 
         def held(statement: str) -> int:

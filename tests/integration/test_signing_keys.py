@@ -19,7 +19,6 @@ import pytest
 import structlog
 from cryptography.hazmat.primitives import serialization
 from sqlalchemy import func, insert, select, update
-from sqlalchemy.engine import make_url
 
 from identity_service.infra.data_keys import PURPOSES
 from identity_service.infra.database import Transaction
@@ -29,6 +28,7 @@ from identity_service.infra.tables import data_keys, signing_keys
 from identity_service.infra.telemetry.metrics import SIGNING_KEYS_BROKEN
 from identity_service.main import Services, build_services, load_keys, step_keys
 from identity_service.oauth.signing_keys import KeyRecord, KeyState, NoUsableKey, Plan
+from tests.support.addresses import plain
 from tests.support.clock import FrozenClock
 from tests.support.servers import PostgresServer
 from tests.support.service import MASTER_KEY, running, test_settings
@@ -154,7 +154,7 @@ async def until(condition: Callable[[], Awaitable[bool]], what: str) -> None:
 @asynccontextmanager
 async def schedule_held(services: Services) -> AsyncIterator[Callable[[int], Awaitable[None]]]:
     """Hold the schedule lock by hand; yield a function that waits until so many sessions are waiting for it."""
-    address = make_url(services.settings.database).set(drivername="postgresql").render_as_string(hide_password=False)
+    address = plain(services.settings.database)
     async with (
         await psycopg.AsyncConnection.connect(address, autocommit=True) as watcher,
         await psycopg.AsyncConnection.connect(address) as holder,

@@ -6,8 +6,7 @@ import subprocess
 from pathlib import Path
 from typing import ClassVar, final
 
-from sqlalchemy.engine import make_url
-
+from tests.support.addresses import plain
 from tests.support.servers import LocalPostgres
 
 _numbers = itertools.count(1)
@@ -55,8 +54,3 @@ class Backups:
         self.server.data.rename(self.server.data.with_name(f"before_{next(_numbers)}"))
         copy.rename(self.server.data)
         self.server.start()
-
-
-def plain(url: str) -> str:
-    """Return a URL as PostgreSQL's own programs, and its driver, take it."""
-    return make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)

@@ -14,7 +14,7 @@ from identity_service.infra.database import Database
 from identity_service.infra.runtime import SystemClock
 from identity_service.infra.tables import metadata
 from identity_service.oauth.signing_keys import Actor
-from tests.support.backups import plain
+from tests.support.addresses import plain
 from tests.support.commands import Cli
 from tests.support.service import Service, running, test_settings
 

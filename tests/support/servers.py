@@ -41,6 +41,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from sqlalchemy.engine import URL, make_url
 
+from tests.support.addresses import plain
+
 # What a crash would cost is what makes a commit slow; the tests' data may be lost, a measurement must pay the price.
 FAST: Mapping[str, str] = {
     "fsync": "off",
@@ -142,7 +144,7 @@ class PostgresServer:
         self.close()
 
     def _connect(self) -> psycopg.Connection:
-        address = make_url(self.url).set(drivername="postgresql").render_as_string(hide_password=False)
+        address = plain(self.url)
         return psycopg.connect(address, autocommit=True, connect_timeout=5)
 
 
@@ -188,7 +190,7 @@ class RedisServer:
 
 
 def _settle(url: URL) -> None:
-    address = url.set(drivername="postgresql").render_as_string(hide_password=False)
+    address = plain(url)
     with psycopg.connect(address, autocommit=True, connect_timeout=5) as connection:
         row = connection.execute("SELECT to_regclass('installation')").fetchone()
         if row is not None and row[0] is not None:

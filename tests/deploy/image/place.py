@@ -16,6 +16,7 @@ import psycopg
 
 from tests.deploy.image.manifest import Container, Object, Pod, one, pod_of, read, target_port
 from tests.deploy.image.report import require
+from tests.support.addresses import plain
 from tests.support.servers import own_postgres, own_redis
 
 _NAME = "identity-service"
@@ -60,7 +61,7 @@ class Place:
 def prepare(stack: ExitStack, image: str, deploy: Path) -> Place:
     """Start the servers, make the roles, and read the manifests."""
     postgres, redis = stack.enter_context(own_postgres()), stack.enter_context(own_redis())
-    administrator = postgres.create_database("identity").replace("+psycopg", "")
+    administrator = plain(postgres.create_database("identity"))
     with psycopg.connect(administrator, autocommit=True) as connection:
         connection.execute((deploy / "postgresql/roles.sql").read_text("utf-8"))
     words = {role: secrets.token_urlsafe(24) for role in ("identity_service", "identity_migrator")}
