@@ -1,7 +1,5 @@
 """The migrations make the schema that the code speaks of, on both databases, once, and whoever runs them."""
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from sqlalchemy import Connection, Engine, create_engine, inspect, make_url, sel
 
 from identity_service.infra.migrate import migrate
 from identity_service.infra.tables import SCHEMA_REVISION, locks, metadata, role_scopes, roles, scopes
-from tests.support.migrations import downgrade
+from tests.support.migrations import downgrade, migrating_at_once
 from tests.support.servers import PostgresServer
 
 ROOT = Path(__file__).parents[2]
@@ -137,27 +135,7 @@ def test_five_replicas_that_migrate_at_once_make_one_schema(url: str) -> None:
         "import sys; from alembic import command; from identity_service.infra.migrate import migrate;"
         "print(flush=True); sys.stdin.readline(); migrate(sys.argv[1])"
     )
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, url],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(5)
-    ]
-    # All of them stand at the line before one may go: the time Python takes to start would make a queue of its own.
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "\n"
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
-    complaints = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * 5, complaints
+    assert migrating_at_once(program, url, number=5) == [(0, "")] * 5
     engine = engine_of(url)
     with engine.connect() as connection:
         assert differences(connection) == []

@@ -18,10 +18,10 @@ from identity_service.infra.installation import Installation, mark_installation,
 from identity_service.infra.migrate import migrate
 from identity_service.main.services import restore_fault
 from identity_service.settings import UnsafeSettings
-from tests.integration.test_migrations import downgrade
 from tests.support.addresses import plain
 from tests.support.backups import Backups
 from tests.support.commands import PROGRAM, ROOT, in_production
+from tests.support.migrations import downgrade
 from tests.support.servers import LocalPostgres, own_postgres
 from tests.support.service import Service, running, test_settings
 
