@@ -11,7 +11,7 @@ from identity_service.infra.audit import AuditTrail
 from identity_service.infra.database import Transaction
 
 _BATCH = 500
-_AGAIN = frozenset(
+DONE_AGAIN = frozenset(
     (
         *("key.compromised", "api_key.revoked", "api_key.rotated"),
         *("user.disabled", "user.enabled", "user.deleted", "user.restored", "user.purged"),
@@ -59,7 +59,7 @@ def read_acts(path: Path) -> list[Act]:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
-                if row["event"] in _AGAIN | TO_LOOK_AT:
+                if row["event"] in DONE_AGAIN | TO_LOOK_AT:
                     at = datetime.fromisoformat(row["at"])
                     acts.append(Act(int(row["id"]), at, row["event"], str(row["target"] or "")))
                     if at.tzinfo is None:
