@@ -6,7 +6,6 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
 
 import httpx2
 import psycopg
@@ -16,6 +15,7 @@ from tests.support.addresses import plain
 from tests.support.fault_proxy import FaultProxy
 from tests.support.server_process import ServerProcess
 from tests.support.servers import free_port
+from tests.support.waiting import wait_until
 
 LONG = 20.0  # seconds that nothing here takes, however busy the machine is
 
@@ -63,14 +63,6 @@ def refused(server: ServerProcess) -> bool:
     return False
 
 
-def until(true: Any) -> None:
-    """Wait until something is true."""
-    deadline = time.monotonic() + LONG
-    while not true():
-        assert time.monotonic() < deadline, "this should be true by now"
-        time.sleep(0.02)
-
-
 def events(server: ServerProcess) -> list[str]:
     """Return the names of what the server has logged."""
     return [json.loads(line)["event"] for line in server.log_text().splitlines()]
@@ -87,14 +79,14 @@ def test_a_server_that_leaves_says_so_first_and_finishes_what_was_begun(database
         stack.enter_context(line)
 
         server.send(signal.SIGTERM)
-        until(lambda: management.get("/readyz").status_code == 503)
+        wait_until(lambda: management.get("/readyz").status_code == 503)
         assert management.get("/readyz").json() == {"status": "not ready", "server": "draining"}
         assert management.get("/healthz").status_code == 200
         for client in (http, stack.enter_context(httpx2.Client(base_url=server.url, timeout=LONG))):
             served_still = client.get("/.well-known/jwks.json")
             assert (served_still.status_code, served_still.headers["connection"]) == (200, "close")
 
-        until(lambda: refused(server))
+        wait_until(lambda: refused(server))
         assert management.get("/readyz").status_code == 503
         time.sleep(0.5)  # longer than a server without any grace would stay
         line.sendall(rest)
@@ -133,7 +125,7 @@ def test_leases_are_given_back_by_who_leaves(database_url: str) -> None:
         with connection.transaction():
             connection.execute("SELECT 1 FROM audit_chain FOR UPDATE")
             connection.execute("LOCK TABLE audit_events IN EXCLUSIVE MODE")
-            until(lambda: held("SELECT count(*) FROM leases WHERE holder IS NOT NULL"))
+            wait_until(lambda: held("SELECT count(*) FROM leases WHERE holder IS NOT NULL"))
             server.send(signal.SIGTERM)
         assert server.wait(LONG) == 0
         assert held("SELECT count(*) FROM leases WHERE holder IS NOT NULL AND until > now()") == 0
@@ -145,7 +137,7 @@ def test_a_silent_database_does_not_keep_a_server_from_leaving(database_url: str
     """Leases cannot be given back then; they run out."""
     with FaultProxy.before(database_url) as proxy, served(proxy.through(database_url)) as (server, management):
         proxy.blackhole()
-        until(lambda: management.get("/readyz").status_code == 503)
+        wait_until(lambda: management.get("/readyz").status_code == 503)
         assert management.get("/healthz").status_code == 200
         server.send(signal.SIGTERM)
         assert server.wait(2 * LONG) == 0
@@ -161,7 +153,7 @@ def test_the_probe_is_answered_while_the_database_says_nothing(database_url: str
         assert management.get("/readyz").json()["database"] == "unreachable"
         assert time.monotonic() - begun < 6
         proxy.heal()
-        until(lambda: management.get("/readyz").status_code == 200)
+        wait_until(lambda: management.get("/readyz").status_code == 200)
 
 
 # -- more connections than there is room for --------------------------------------------------------------------------
@@ -182,7 +174,7 @@ def test_a_crowd_that_says_nothing_shuts_nobody_out(database_url: str) -> None:
         for _ in range(5):
             assert httpx2.get(f"{server.url}/.well-known/jwks.json", timeout=LONG).status_code == 200
         assert management.get("/healthz").status_code == 200
-        until(lambda: shed(management, "idle") >= 80)
+        wait_until(lambda: shed(management, "idle") >= 80)
         assert shed(management, "new") == 0
         assert answer_on(crowd[0]) == b"", "nobody is told anything that could be taken for the answer to a request"
 
@@ -194,7 +186,7 @@ def test_where_everybody_is_being_served_the_newcomer_is_asked_to_come_again(dat
         begun = [half_a_request(server) for _ in range(10)]
         for line, _ in begun:
             stack.enter_context(line)
-        until(lambda: answer_to_a_newcomer(server).startswith(b"HTTP/1.1 503 "))
+        wait_until(lambda: answer_to_a_newcomer(server).startswith(b"HTTP/1.1 503 "))
         assert b"\r\nretry-after: 1\r\n" in answer_to_a_newcomer(server)
         assert management.get("/readyz").status_code == 200
         assert shed(management, "new") >= 1

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import time
 from collections.abc import Callable
 
 _PATIENCE = 30.0  # seconds for what takes milliseconds
@@ -22,3 +23,11 @@ async def until(
             return clock.time() - began
         assert clock.time() - began < patience, what
         await asyncio.sleep(_POLL)
+
+
+def wait_until(so: Callable[[], object], what: str = "it does not come to pass") -> None:
+    """Wait until something is so, in a test that has no event loop; asserts that it comes."""
+    deadline = time.monotonic() + _PATIENCE
+    while not so():
+        assert time.monotonic() < deadline, what
+        time.sleep(_POLL)

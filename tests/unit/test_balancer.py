@@ -4,13 +4,14 @@ import http.client
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from tests.support.balancer import Balancer
 from tests.support.servers import free_port
+from tests.support.waiting import wait_until
 
 _PATIENCE = 10.0  # seconds for what takes milliseconds
 
@@ -63,15 +64,8 @@ def balancer(stubs: tuple[Stub, Stub]) -> Iterator[Balancer]:
     with Balancer(every=0.01) as balancer:
         for stub in stubs:
             balancer.put(stub.name, stub.server_port, stub.server_port)
-        until(lambda: all(balancer.backend(stub.name).ready for stub in stubs))
+        wait_until(lambda: all(balancer.backend(stub.name).ready for stub in stubs))
         yield balancer
-
-
-def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + _PATIENCE
-    while not true():
-        assert time.monotonic() < deadline, "this should be true by now"
-        time.sleep(0.005)
 
 
 def asked(balancer: Balancer) -> str:
@@ -102,7 +96,7 @@ def test_who_is_not_ready_gets_nothing_new_and_keeps_what_it_has(balancer: Balan
         connection.request("GET", "/")
         before.append(connection.getresponse().read())
     stubs[0].ready = False
-    until(lambda: not balancer.backend("one").ready)
+    wait_until(lambda: not balancer.backend("one").ready)
     assert {asked(balancer) for _ in range(6)} == {"two"}
     for connection, expected in zip(connections, before, strict=True):
         connection.request("GET", "/")
@@ -110,7 +104,7 @@ def test_who_is_not_ready_gets_nothing_new_and_keeps_what_it_has(balancer: Balan
         connection.close()
     assert sorted(before) == [b"one", b"two"]
     stubs[0].ready = True
-    until(lambda: balancer.backend("one").ready)
+    wait_until(lambda: balancer.backend("one").ready)
     assert {asked(balancer) for _ in range(4)} == {"one", "two"}
 
 
@@ -118,10 +112,10 @@ def test_news_may_come_late(stubs: tuple[Stub, Stub]) -> None:
     """As to the nodes of a cluster: meanwhile connections go where nobody wants them any more."""
     with Balancer(every=0.01, late=0.3) as balancer:
         balancer.put("one", stubs[0].server_port, stubs[0].server_port)
-        until(lambda: balancer.backend("one").ready)
+        wait_until(lambda: balancer.backend("one").ready)
         stubs[0].ready = False
         began = time.monotonic()
-        until(lambda: not balancer.backend("one").ready)
+        wait_until(lambda: not balancer.backend("one").ready)
         assert time.monotonic() - began >= 0.25
 
 
@@ -130,12 +124,12 @@ def test_a_connection_that_nobody_takes_is_cut_off_and_counted(balancer: Balance
     closed = free_port()
     balancer.drop("two")
     gone = balancer.put("one", closed, stubs[0].server_port)
-    until(lambda: gone.ready)
+    wait_until(lambda: gone.ready)
     with pytest.raises(ConnectionError):
         asked(balancer)
     assert (gone.served, gone.refused) == (0, 1)
     stubs[0].ready = False
-    until(lambda: not gone.ready)
+    wait_until(lambda: not gone.ready)
     with pytest.raises(ConnectionError):
         asked(balancer)
     assert balancer.turned_away == 1
@@ -145,7 +139,7 @@ def test_who_heeds_no_readiness_sends_connections_to_everybody(stubs: tuple[Stub
     with Balancer(every=0.01, heeds_readiness=False) as balancer:
         stubs[0].ready = False
         backend = balancer.put("one", stubs[0].server_port, stubs[0].server_port)
-        until(lambda: backend.ready)
+        wait_until(lambda: backend.ready)
         assert asked(balancer) == "one"
 
 
@@ -157,4 +151,4 @@ def test_the_end_of_a_connection_is_handed_on(balancer: Balancer) -> None:
         while piece := line.recv(65536):
             answer += piece
     assert answer.endswith((b"one", b"two"))
-    until(lambda: not balancer._connections)
+    wait_until(lambda: not balancer._connections)

@@ -15,6 +15,7 @@ from passlib import hash as foreign
 
 from identity_service.infra.runtime import Secret
 from identity_service.infra.runtime.hashing import NFKC_FORM, RAW_FORM, HashingBusy, PasswordHasher
+from tests.support.waiting import until
 
 PASSWORD = "correct horse battery staple"
 FOREIGN: dict[str, Callable[[str], str]] = {
@@ -215,12 +216,6 @@ async def gate(hasher: PasswordHasher) -> AsyncIterator[Gate]:
     made = Gate(hasher)
     yield made
     made.open.set()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110  # a thread decides it, and rings no bell
-            await asyncio.sleep(0.005)
 
 
 @pytest.mark.case("ACC-42")
