@@ -10,7 +10,7 @@ import pytest
 from tests.faults import invariants
 from tests.faults.broken import PROGRAM, WRONGS
 from tests.faults.crowd import Crowd, at_work
-from tests.faults.invariants import in_logs, left_open, told_and_stored
+from tests.faults.invariants import in_logs, left_open, one_live_token_each, told_and_stored
 from tests.faults.ledger import Ledger, Told
 from tests.faults.people import HABITS
 from tests.faults.stage import Stage
@@ -147,6 +147,31 @@ async def test_a_key_that_one_replica_does_not_know_is_found(stage: Stage, monke
         monkeypatch.undo()
         await recovered(stage)
         assert await told_and_stored(stage, crowd) == []
+
+
+_SPARE = """
+CREATE FUNCTION spare() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN NEW.revoked_at := NULL; NEW.revoked_reason := NULL; RETURN NEW; END $$;
+CREATE TRIGGER spare BEFORE UPDATE ON refresh_families FOR EACH ROW WHEN (NEW.revoked_at IS NOT NULL)
+    EXECUTE FUNCTION spare();
+"""
+_SPARE_NONE = "DROP TRIGGER spare ON refresh_families; DROP FUNCTION spare();"
+
+
+async def test_a_session_with_another_live_token_than_its_newest_is_found(stage: Stage) -> None:
+    """Whether it survives the replay of an older one, or lives no more at all."""
+    stage.spoiled = True  # the trail knows of ends that were none
+    async with at_work(stage, people=2, machines=0, newcomers_every=None, looks_every=None) as crowd:
+        await crowd.busy(20)
+        await crowd.stop()
+        with stage.connect() as connection:
+            connection.execute(_SPARE)
+            found = await one_live_token_each(stage, crowd, 2)
+            connection.execute(_SPARE_NONE)
+            assert [sentence for sentence in found if "has outlived the replay" in sentence], found
+            connection.execute("UPDATE refresh_families SET revoked_at = now(), revoked_reason = 'ended'")
+            found = await one_live_token_each(stage, crowd, 2)
+            assert [sentence for sentence in found if "is refused" in sentence], found
 
 
 async def test_a_transaction_that_is_left_open_is_found(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
