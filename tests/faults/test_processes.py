@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import Any
 
+import httpx2
 import pytest
 
 from identity_service.infra.runtime import Secret
@@ -21,6 +22,7 @@ from tests.faults.stage import Replica, Stage
 from tests.faults.troubles import until
 from tests.support.balancer import Balancer
 from tests.support.service import PASSWORD
+from tests.support.waiting import until as soon
 
 REFRESHING = {"refresh": 1.0}
 PEOPLE = 3
@@ -95,6 +97,12 @@ async def test_who_is_told_to_leave_in_mid_rotation_still_answers(stage: Stage, 
         assert await breaches(stage, crowd) == []
 
 
+async def hashes(http: httpx2.AsyncClient, replica: Replica, number: int) -> bool:
+    """Tell whether so many passwords are being checked."""
+    answer = await http.get(f"http://127.0.0.1:{replica.management_port}/metrics")
+    return f"identity_hashing_pending {number:.1f}" in answer.text
+
+
 @pytest.mark.case("OPS-21")
 async def test_who_is_told_to_leave_while_it_hashes_still_lets_people_in(stage: Stage) -> None:
     """Two people sign in whose passwords take long to check, as many as are checked at once."""
@@ -109,7 +117,7 @@ async def test_who_is_told_to_leave_while_it_hashes_still_lets_people_in(stage: 
             asyncio.create_task(http.post(f"{leaver.url}/token", data={**form, "username": user.username}))
             for user in users
         ]
-        await asyncio.sleep(0.1)
+        await soon(lambda: hashes(http, leaver, len(users)), "both are being checked")
         assert await told_to_leave(leaver) == 0
         assert [answer.status_code for answer in await asyncio.gather(*asking)] == [200, 200]
         await crowd.stop()
