@@ -1,4 +1,4 @@
-"""What has to be done before a restored database is served, and giving back the API keys that this suspends."""
+"""What has to be done before a restored database is served."""
 
 import asyncio
 from collections.abc import Iterable, Sequence
@@ -268,7 +268,7 @@ async def _end_again(services: Services, tx: Transaction, orders: Orders, told: 
         elif name in orders.deleted_users:
             done.unknown.append(name)
     for name in told.purged_users:
-        await _who(services, tx, name)
+        await _who(services, tx, name)  # for its refusal
         if (user_id := identified(name)) is not None and await services.users.erase(tx, user_id):
             await record(tx, "user.purged", origin=None, actor=ACTOR, target=name)
             done.users_purged.append(name)
