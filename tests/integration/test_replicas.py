@@ -144,11 +144,13 @@ class Scene:
     client: Registered
     reader: Registered
     user: User
+    another: User
+    """Signs in again and again: who has too many sessions loses the oldest."""
     tokens: dict[str, Any] = field(default_factory=dict)
 
-    async def sign_in(self) -> dict[str, Any]:
+    async def sign_in(self, user: User) -> dict[str, Any]:
         """Sign in at the server that is not told."""
-        return await self.pair.there.sign_in(self.client, self.user, resource=ISSUER, scope="account:read orders:read")
+        return await self.pair.there.sign_in(self.client, user, resource=ISSUER, scope="account:read orders:read")
 
     async def act(self, what: str) -> None:
         """Do what ends something, at the server that is told."""
@@ -174,7 +176,7 @@ class Scene:
             answer = await there.token(self.client, grant_type="client_credentials")
             return answer.status_code == 401 and answer.json()["error"] == "invalid_client"
         if what == "the role loses a scope":
-            return "orders:read" not in (await self.sign_in())["scope"].split()
+            return "orders:read" not in (await self.sign_in(self.another))["scope"].split()
         refused = (await there.me(self.tokens["access_token"])).status_code == 401
         return refused and not await is_active(there, self.reader, self.tokens["access_token"])
 
@@ -201,9 +203,9 @@ async def test_what_ends_at_one_replica_has_ended_at_the_other_within_a_second(p
     operator = await operating(pair.here)
     reader = await hand.a_client(grant_types=(), introspect=(ISSUER, SIBLING))
     for what, status in ENDINGS.items():
-        client, user = await hand.a_client(), await hand.a_user()
-        scene = Scene(pair, operator, client, reader, user)
-        scene.tokens = await scene.sign_in()
+        client, user, another = await hand.a_client(), await hand.a_user(), await hand.a_user()
+        scene = Scene(pair, operator, client, reader, user, another)
+        scene.tokens = await scene.sign_in(user)
         assert not await scene.is_known(what)
         assert (await there.token(client, grant_type="client_credentials")).status_code == 200
 
