@@ -204,7 +204,8 @@ def _measure(operation: Operation, fleet: Fleet, *, runs: int, seconds: float) -
             calls = tuple(operation.prepare(fleet.service, operation.connections))
             plan = Plan(fleet.ports[contender], calls, operation.marker, operation.status, operation.carry)
             loads[contender] = stack.enter_context(Load(plan, *fleet.service.cores.everywhere))
-            loads[contender].run(min(seconds, WARM_UP_SECONDS))
+            if wrong := loads[contender].run(min(seconds, WARM_UP_SECONDS)).wrong:
+                raise BenchError(f"{contender}, {operation.name}: {wrong} wrong answers while warming up")
         for _ in range(runs):
             for contender, load in loads.items():
                 before = _Spent.by(fleet)

@@ -45,12 +45,14 @@ async def run_once(db: Database, leases: Leases, job: LeasedJob) -> bool:
         return False
     done = False
     try:
-        async with asyncio.timeout(job.hold * 0.8):
+        async with asyncio.timeout(job.hold * 0.8) as limit:
             await job.step()
         done = True
     except TimeoutError:
+        if not limit.expired():
+            raise
         JOB_RUNS.labels(job.name, "unfinished").inc()
-        log.warning("job.unfinished", job=job.name)  # it goes on in the next run
+        log.warning("job.unfinished", job=job.name)
     finally:
         with contextlib.suppress(DatabaseUnavailable):  # then the lease runs out by itself
             await to_its_end(db.run(lambda tx: leases.give_back(tx, job.name, done=done)))

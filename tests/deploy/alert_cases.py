@@ -63,7 +63,7 @@ ERRORS, IN_USE, POOL = (
     "identity_database_connections_in_use",
     "identity_database_pool_size",
 )
-DONE, EVERY = "identity_job_last_done_seconds", "identity_job_interval_seconds"
+DONE, EVERY = "identity_job_last_done_timestamp_seconds", "identity_job_interval_seconds"
 OLDEST = "identity_mails_oldest_timestamp_seconds"
 
 

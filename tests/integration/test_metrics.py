@@ -281,8 +281,8 @@ async def test_each_replica_shows_when_a_job_was_last_done_by_any(service: Servi
     done_at = service.clock.now() - timedelta(minutes=5)
     await service.execute(update(leases).where(leases.c.name == "cleanup").values(done_at=done_at))
     await jobs._look_at_jobs(service.services)
-    assert label_sets("identity_job_last_done_seconds") == {(("job_name", "cleanup"),)}
-    assert value("identity_job_last_done_seconds", job_name="cleanup") == done_at.timestamp()
+    assert label_sets("identity_job_last_done_timestamp_seconds") == {(("job_name", "cleanup"),)}
+    assert value("identity_job_last_done_timestamp_seconds", job_name="cleanup") == done_at.timestamp()
 
 
 @pytest.mark.case("SEC-06")

@@ -100,7 +100,9 @@ JOB_RUNS = Counter(
     "identity_job_runs_total", "Runs of a background job in this replica, by outcome.", ["job_name", "outcome"]
 )
 JOB_DONE = Gauge(
-    "identity_job_last_done_seconds", "When a background job last ended well in any replica, Unix time.", ["job_name"]
+    "identity_job_last_done_timestamp_seconds",
+    "When a background job last ended well in any replica, Unix time.",
+    ["job_name"],
 )
 JOB_INTERVAL = Gauge("identity_job_interval_seconds", "How often a background job is due.", ["job_name"])
 AUDIT_CHAIN_BROKEN = Gauge(
