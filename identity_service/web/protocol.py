@@ -7,6 +7,7 @@ takes a file descriptor that the database might need.
 """
 
 import asyncio
+import socket
 from http import HTTPStatus
 from typing import ClassVar, Self, final
 from weakref import WeakKeyDictionary
@@ -37,11 +38,13 @@ _TOO_MANY = _parting_words(HTTPStatus.SERVICE_UNAVAILABLE, (b"retry-after", b"1"
 @final
 class BoundedProtocol(HttpToolsProtocol):
     """
-    Ends a connection whose request head is too large or too slow, or whose request as a whole is too large.
+    Ends a connection whose request head is too large or too slow, or whose request as a whole is too large, or whose
+    client does not take its answers.
 
-    Where there are more connections than the server's `limit_concurrency`, the one that has waited longest for a
-    request, or for the end of its first head, gives way to the newcomer. Who opens connections by the thousand and
-    says nothing thus shuts nobody else out; only if each one has a request in progress, the newcomer hears 503.
+    Where there are more connections than the server's `limit_concurrency`, the one that has waited longest for its
+    client, for a request, for the end of its first head or to be read, gives way to the newcomer. Who opens connections
+    by the thousand and says or reads nothing thus shuts nobody else out; only if each one has a request in progress,
+    the newcomer hears 503.
     """
 
     largest_head: ClassVar[int] = 64 * 1024
@@ -50,9 +53,11 @@ class BoundedProtocol(HttpToolsProtocol):
     """Bytes of one request with everything; no endpoint reads a sixteenth of it."""
     head_deadline: ClassVar[float] = 10.0
     """Seconds from the opening of the connection, or the first byte of a further request, to complete headers."""
+    unread_deadline: ClassVar[float] = 30.0
+    """Seconds for which a client may take nothing of what waits for it; the kernel counts them, also while we close."""
 
     _idle_of: ClassVar[WeakKeyDictionary[ServerState, dict[Self, None]]] = WeakKeyDictionary()
-    """The connections of each server that have no request in progress, the longest idle first."""
+    """The connections of each server that wait for their clients, the longest waiting first."""
 
     _received = 0
     _in_head = True
@@ -61,6 +66,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as its parent has it
         """Make room, and start the clock for the first head."""
         super().connection_made(transport)
+        _limit_silence(transport, self.unread_deadline)
         self._idle = self._idle_of.setdefault(self.server_state, {})
         most = self.config.limit_concurrency
         self.limit_concurrency = None  # the server's own way would answer 503 to whole requests
@@ -71,7 +77,9 @@ class BoundedProtocol(HttpToolsProtocol):
                 self._end(_TOO_MANY)
                 return
             del self._idle[longest]
-            longest.transport.close()  # without a word, which its client could take for the answer to a request
+            # Without a word, which its client could take for the answer to a request; nor is what it does not read
+            # waited for.
+            _hang_up(longest.transport)
         self._idle[self] = None
         self._deadline = self.loop.call_later(self.head_deadline, self._end, _TOO_SLOW)
 
@@ -101,7 +109,8 @@ class BoundedProtocol(HttpToolsProtocol):
             raise ValueError("no request line of HTTP/1")
         self._in_head = False
         self._stop_clock()
-        self._idle.pop(self, None)
+        if not self.flow.write_paused:
+            self._idle.pop(self, None)
         super().on_headers_complete()
 
     def send_400_response(self, msg: str) -> None:
@@ -115,10 +124,22 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """Begin to be idle, unless the next request is there already."""
+        """Begin to wait for the client, unless its next request is there already."""
         super().on_response_complete()
-        if self.timeout_keep_alive_task is not None:
+        waits = self.timeout_keep_alive_task is not None or self.transport.is_closing()
+        if waits and self in self.connections:  # who has gone meanwhile would stay for ever
             self._idle[self] = None
+
+    def pause_writing(self) -> None:
+        """Begin to wait for the client: answers lie here, and it does not read."""
+        super().pause_writing()
+        self._idle[self] = None
+
+    def resume_writing(self) -> None:
+        """Go on with the request in progress, if there is one."""
+        super().resume_writing()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._idle.pop(self, None)
 
     def _end(self, answer: bytes) -> None:
         self._stop_clock()
@@ -131,3 +152,18 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+
+def _hang_up(transport: asyncio.Transport) -> None:
+    """Close a connection; at once if its client does not read, for `close` would wait until it has."""
+    if transport.get_write_buffer_size():
+        transport.abort()
+    else:
+        transport.close()
+
+
+def _limit_silence(transport: asyncio.Transport, seconds: float) -> None:
+    """Let the kernel end a connection on which nothing is taken for so long, where it can (Linux)."""
+    line = transport.get_extra_info("socket")
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))

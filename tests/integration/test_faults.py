@@ -1,6 +1,9 @@
 """A fault of ours is answered in the service's own words, and tells nobody anything."""
 
 import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -8,9 +11,11 @@ import uvicorn
 from sqlalchemy import Integer, func, select, text
 
 from identity_service.infra.database import Database, DatabaseUnavailable
+from identity_service.web.asgi import AsgiApp
 from identity_service.web.edge import PROTECTION
 from identity_service.web.protocol import BoundedProtocol
 from tests.support.service import Service
+from tests.support.waiting import until
 
 
 async def test_a_fault_on_the_json_api_is_a_problem_without_details(
@@ -55,27 +60,33 @@ async def test_a_backend_that_dies_before_commit_is_unavailability_and_no_fault(
     assert await service.execute(select(1)) == [(1,)]
 
 
-async def _answer_to(begin: bytes) -> bytes:
-    """Return what a server whose patience is a tenth of a second answers to the beginning of a request."""
-
-    async def app(_scope: Any, _receive: Any, _send: Any) -> None:
-        raise AssertionError("there is no whole request")
-
+@asynccontextmanager
+async def _listening(app: AsgiApp) -> AsyncIterator[tuple[uvicorn.Server, int]]:
+    """A server for an application, and its port."""
     config = uvicorn.Config(app, port=0, http=BoundedProtocol, ws="none", lifespan="off", log_config=None)
     config.load()
     server = uvicorn.Server(config)
     server.lifespan = config.lifespan_class(config)
     await server.startup()
     try:
-        port = server.servers[0].sockets[0].getsockname()[1]
+        yield server, server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        await server.shutdown()
+
+
+async def _answer_to(begin: bytes) -> bytes:
+    """Return what a server whose patience is a tenth of a second answers to the beginning of a request."""
+
+    async def app(_scope: Any, _receive: Any, _send: Any) -> None:
+        raise AssertionError("there is no whole request")
+
+    async with _listening(app) as (_, port):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(begin)
         answer = await asyncio.wait_for(reader.read(), 5)
         writer.close()
         await writer.wait_closed()
         return answer
-    finally:
-        await server.shutdown()
 
 
 @pytest.mark.case("INP-09")
@@ -90,3 +101,44 @@ async def test_a_head_that_does_not_come_is_not_waited_for(monkeypatch: pytest.M
     assert answer.startswith(b"HTTP/1.1 408 ")
     for name, value in PROTECTION:
         assert b"\r\n" + name + b": " + value + b"\r\n" in answer
+
+
+@pytest.mark.case("INP-09")
+async def test_an_answer_that_nobody_reads_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one whose connection is closed already: closing waits until everything was taken."""
+    monkeypatch.setattr(BoundedProtocol, "unread_deadline", 0.5)
+
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        large = b"x" * 16 * 1024 * 1024
+        head = [(b"content-length", str(len(large)).encode("ascii")), (b"connection", b"close")]
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+        await send({"type": "http.response.body", "body": large})
+
+    async with _listening(app) as (server, port):
+        with socket.socket() as line:
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            line.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(line, ("127.0.0.1", port))
+            await asyncio.get_running_loop().sock_sendall(line, b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+            state = server.server_state
+            await until(lambda: state.total_requests == 1 and not state.connections)
+
+
+async def test_whom_the_server_hangs_up_on_leaves_nothing_behind() -> None:
+    """Nobody waits for a client that is gone, nor is it shed in the place of one that is there."""
+
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x" * 16 * 1024 * 1024, "more_body": True})
+        await send({"type": "http.response.body"})
+
+    async with _listening(app) as (server, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        reader._transport.pause_reading()  # type: ignore[attr-defined]
+        writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * 2)  # of two requests, the server tells one that it is lost
+        state = server.server_state
+        await until(lambda: state.connections and next(iter(state.connections)).flow.write_paused)
+        next(iter(state.connections)).transport.abort()
+        await until(lambda: not state.connections and not state.tasks)
+        writer.close()
+        assert not BoundedProtocol._idle_of[state]
