@@ -8,7 +8,8 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import insert, select, text
+from sqlalchemy import Text, cast, insert, literal, select, text
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import DBAPIError
 
 from identity_service.infra.audit import Anchor, AuditChain, ChainBroken, Origin, Wrong
@@ -410,6 +411,40 @@ async def test_a_value_that_cannot_even_be_read_is_named(trail: Trail) -> None:
     assert await trail.fault() == (3, "altered")
     await trail.execute("DELETE FROM audit_events WHERE seq < 7")
     assert await trail.fault() == (1, "missing")
+
+
+# Nested as deeply as Python can just read and no longer write, or not even read; and a number longer than it takes.
+BEYOND_US = [*(f"{'[' * depth}{']' * depth}" for depth in range(900, 1000, 5)), "[" * 3_000 + "]" * 3_000, "9" * 5_000]
+
+
+@pytest.mark.case("SEC-06")
+async def test_a_value_that_is_too_much_for_us_is_named_by_the_walk_and_by_retention(on_postgresql: Trail) -> None:
+    """It must not end the walk as a fault of ours would, behind which whatever else was changed stays unseen."""
+    trail = on_postgresql
+    await ten(trail)
+    for detail in BEYOND_US:
+        await trail.execute(audit_events.update().where(audit_events.c.seq == 1).values(detail=literal_json(detail)))
+        assert await trail.fault() == (1, "altered")
+        with pytest.raises(ChainBroken):
+            await trail.within(lambda tx: trail.chain.retain(tx, trail.clock.now() + timedelta(days=1)))
+
+
+@pytest.mark.case("SEC-06")
+@pytest.mark.parametrize("detail", [BEYOND_US[-2], BEYOND_US[-1]], ids=["deep", "long"])
+async def test_who_stops_the_sealing_by_a_row_that_cannot_be_read_is_noticed(on_postgresql: Trail, detail: str) -> None:
+    """Else the rows behind it could be changed, and nothing but a job that is late would tell."""
+    trail = on_postgresql
+    await ten(trail)
+    await trail.write(1)
+    await trail.execute(audit_events.update().where(audit_events.c.seq.is_(None)).values(detail=literal_json(detail)))
+    with pytest.raises(ChainBroken) as refused:
+        await trail.seal()
+    assert (refused.value.fault.seq, refused.value.fault.wrong) == (11, Wrong.FORGED)
+
+
+def literal_json(value: str) -> Any:
+    """Return a value as PostgreSQL reads it, without asking Python."""
+    return cast(literal(value, Text()), JSONB())
 
 
 @pytest.mark.case("SEC-06")

@@ -10,7 +10,16 @@ from typing import Any, final
 from sqlalchemy import Row, bindparam, delete, func, select, update
 
 from identity_service.infra.audit.events import RESTORED, SCHEDULE
-from identity_service.infra.audit.seals import ChainBroken, Fault, Head, Seals, Wrong, key_missing, read_head
+from identity_service.infra.audit.seals import (
+    UNREADABLE,
+    ChainBroken,
+    Fault,
+    Head,
+    Seals,
+    Wrong,
+    key_missing,
+    read_head,
+)
 from identity_service.infra.audit.trail import AuditTrail
 from identity_service.infra.audit.verification import Anchor, Verification
 from identity_service.infra.data_keys import DataKeys
@@ -59,18 +68,22 @@ class AuditChain:
         Seal the oldest rows that are not sealed yet, `batch` at most; return how many, and the newest seal.
 
         One sealer works at a time; a second one waits. Who calls it logs what it returns once that is committed.
-        Raises ChainBroken where rows stand past the end of the chain, LookupError while no data keys are loaded.
+        Raises ChainBroken where rows stand past the end of the chain, or where one that waits cannot be read, and
+        LookupError while no data keys are loaded.
         """
         head = await self._end(tx)
         waiting = select(audit_events).where(_c.seq.is_(None)).order_by(_c.id).limit(batch)
-        rows = (await tx.execute(waiting)).all()
-        if not rows:
-            return Sealed(0, head.seq, head.mac)
         seq, mac, kid, sealed = head.seq, head.mac, self._seals.kid, []
-        for row in rows:
-            seq += 1
-            mac = self._seals.seal(mac, row, seq=seq, kid=kid)
-            sealed.append({"row": row.id, "place": seq, "seal": mac})
+        try:
+            for row in (await tx.execute(waiting)).all():
+                mac = self._seals.seal(mac, row, seq=seq + 1, kid=kid)
+                seq += 1
+                sealed.append({"row": row.id, "place": seq, "seal": mac})
+        except UNREADABLE:
+            sentence = "a row that waits for its seal holds a value that the service never writes"
+            raise ChainBroken(Fault(seq + 1, Wrong.FORGED, sentence)) from None
+        if not sealed:
+            return Sealed(0, seq, mac)
         await tx.execute(
             update(audit_events)
             .where(_c.id == bindparam("row"))
@@ -78,7 +91,7 @@ class AuditChain:
             sealed,
         )
         await tx.execute(update(audit_chain).values(seq=seq, mac=mac, sealed_at=self._clock.now()))
-        return Sealed(len(rows), seq, mac)
+        return Sealed(len(sealed), seq, mac)
 
     async def resume(
         self, tx: Transaction, place: int, *, actor: str, detail: Mapping[str, Any], known_to: int | None
@@ -135,7 +148,12 @@ class AuditChain:
             raise ChainBroken(fault)
         sealed = select(audit_events).where(_c.seq > head.base_seq, _c.seq <= head.seq)
         seq, mac = head.base_seq, head.base_mac
-        for row in (await tx.execute(sealed.order_by(_c.seq).limit(batch))).all():
+        try:
+            rows = (await tx.execute(sealed.order_by(_c.seq).limit(batch))).all()
+        except UNREADABLE:
+            sentence = "this row, or one soon behind it, holds a value that the service never writes"
+            raise ChainBroken(Fault(seq + 1, Wrong.ALTERED, sentence)) from None
+        for row in rows:
             if (fault := self._fault(row, seq, mac)) is not None:
                 if seq == head.base_seq:
                     raise ChainBroken(fault)

@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import Any, final
 
 from sqlalchemy import Row, select
+from sqlalchemy.exc import DataError
 
 from identity_service.infra.audit.events import RESTORED
 from identity_service.infra.data_keys import DataKey, DataKeys
@@ -21,6 +22,9 @@ from identity_service.infra.tables import audit_chain
 
 GENESIS = bytes(32)
 """What stands for the seal before the first one."""
+
+UNREADABLE = (ValueError, TypeError, RecursionError, DataError)
+"""What reading a row raises that holds a value which the service never writes, as somebody's hand may have done."""
 
 
 class Wrong(StrEnum):

@@ -7,9 +7,17 @@ from datetime import datetime
 from typing import Any, final
 
 from sqlalchemy import Row, func, select
-from sqlalchemy.exc import DataError
 
-from identity_service.infra.audit.seals import ChainBroken, Fault, Head, Seals, Wrong, key_missing, read_head
+from identity_service.infra.audit.seals import (
+    UNREADABLE,
+    ChainBroken,
+    Fault,
+    Head,
+    Seals,
+    Wrong,
+    key_missing,
+    read_head,
+)
 from identity_service.infra.database import Transaction
 from identity_service.infra.tables import audit_events
 
@@ -122,7 +130,7 @@ class Verification:
         following = select(audit_events).where(_c.seq > self.seq).order_by(_c.seq, _c.id)
         try:
             return (await tx.execute(following.limit(limit))).all()
-        except (ValueError, TypeError, DataError):
+        except UNREADABLE:
             if self._page > 1:
                 self._page = 1
                 return None
