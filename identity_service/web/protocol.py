@@ -8,6 +8,7 @@ takes a file descriptor that the database might need.
 
 import asyncio
 import socket
+from collections.abc import Iterable
 from http import HTTPStatus
 from typing import ClassVar, Self, final
 from weakref import WeakKeyDictionary
@@ -104,14 +105,21 @@ class BoundedProtocol(HttpToolsProtocol):
 
         Raises ValueError, which the parser takes for a malformed request, where it is more lenient than a proxy in
         front of us: it reads versions that have no headers, and drops what follows a `#` (RFC 9112 §3.2 has none).
+        Also for a body behind the wish for another protocol: the parser takes the body for that protocol, drops as much
+        of it as is there, and finds requests in the rest. So no request may follow such a wish, either.
         """
         if b"#" in self.url or self.parser.get_http_version() not in _VERSIONS:
             raise ValueError("no request line of HTTP/1")
+        other_protocol = self.parser.should_upgrade()
+        if other_protocol and _announces_body(self.headers):
+            raise ValueError("a body in another protocol")
         self._in_head = False
         self._stop_clock()
         if not self.flow.write_paused:
             self._idle.pop(self, None)
         super().on_headers_complete()
+        if other_protocol:
+            self.cycle.keep_alive = False
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is not HTTP; `msg` is the server's word for it, and nobody's business."""
@@ -152,6 +160,12 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+
+def _announces_body(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    return any(
+        name == b"transfer-encoding" or (name == b"content-length" and value.strip(b" \t0")) for name, value in headers
+    )
 
 
 def _hang_up(transport: asyncio.Transport) -> None:

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +33,18 @@ class Target:
     client: Registered
     username: str
 
-    def raw(self, request: bytes) -> bytes:
-        """Send bytes over a fresh connection and return all that is answered until the server closes it."""
+    def raw(self, *pieces: bytes) -> bytes:
+        """
+        Send bytes over a fresh connection and return all that is answered until the server closes it.
+
+        Several pieces come one after the other, each as what the server reads at once.
+        """
         answered = b""
         with socket.create_connection(("127.0.0.1", self.server.port), timeout=_TIMEOUT) as connection:
             try:
-                connection.sendall(request)
+                for number, piece in enumerate(pieces):
+                    time.sleep(0.1 if number else 0)
+                    connection.sendall(piece)
                 while piece := connection.recv(65536):
                     answered += piece
             except (ConnectionResetError, BrokenPipeError):
@@ -161,6 +168,41 @@ def test_the_body_of_a_refused_request_is_never_a_request(target: Target) -> Non
         assert status_of(answered) == status
         assert answers_in(answered) == 2
         assert answered.endswith(b'{"status":"ok"}')
+
+
+WISHES = {
+    "HTTP/2": b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n",
+    "a socket": b"Upgrade: websocket\r\nConnection: keep-alive, upgrade\r\n",
+}
+
+
+@pytest.mark.rfc("9110", "7.8")
+@pytest.mark.case("INP-10")
+@pytest.mark.parametrize("wish", WISHES)
+@pytest.mark.parametrize("framing", [b"Content-Length: %d\r\n" % len(HIDDEN), TE], ids=["length", "chunks"])
+def test_a_body_behind_the_wish_for_another_protocol_is_never_a_request(
+    target: Target, wish: str, framing: bytes
+) -> None:
+    """Nor is it dropped in silence, when it comes a moment later than the headers as when it comes with them."""
+    head = b"POST /token HTTP/1.1\r\n" + HOST + FORM + WISHES[wish] + framing + b"\r\n"
+    body = HIDDEN if framing != TE else b"%x\r\n" % len(HIDDEN) + HIDDEN + b"\r\n0\r\n\r\n"
+    for pieces in ([head + body], [head, body]):
+        answered = target.raw(*pieces)
+        assert status_of(answered) == 400
+        assert answers_in(answered) == 1
+        assert b"grant_type" not in answered, "it was judged without its body"
+
+
+@pytest.mark.rfc("9110", "7.8")
+@pytest.mark.parametrize("wish", WISHES)
+def test_the_wish_for_another_protocol_is_not_granted_and_the_last_one(target: Target, wish: str) -> None:
+    """The parser has dropped what came with it, so nothing that follows can be trusted to be a request."""
+    head = b"GET /healthz HTTP/1.1\r\n" + HOST + WISHES[wish] + b"Content-Length: 0\r\n\r\n"
+    for pieces in ([head], [head + HIDDEN], [head + HIDDEN[:20], HIDDEN[20:]]):
+        answered = target.raw(*pieces)
+        assert answered.startswith(b"HTTP/1.1 200 ")
+        assert b"\r\nconnection: close\r\n" in answered
+        assert answers_in(answered) == 1
 
 
 @pytest.mark.rfc("9110", "10.1.1")
