@@ -116,6 +116,23 @@ the_unit_leaves_in_good_order.broken_by("nobody brings it back", lambda site: dr
 
 
 @promise
+def the_unit_is_never_given_up(site: Site) -> Iterator[str]:
+    """A start fails at once while the database is away: who counts starts leaves the server down when it is back."""
+    if (
+        _server(site).get("StartLimitIntervalSec") != ["0"]
+        or _seconds((_server(site).get("RestartSec") or ["0"])[0]) < 1
+    ):
+        yield f"StartLimitIntervalSec={_server(site).get('StartLimitIntervalSec')} {_server(site).get('RestartSec')}"
+
+
+the_unit_is_never_given_up.broken_by(
+    "ten starts in two minutes",
+    lambda site: put(_server(site), "StartLimitIntervalSec", value=["120"]),
+)
+the_unit_is_never_given_up.broken_by("starts without a pause", lambda site: drop(_server(site), "RestartSec"))
+
+
+@promise
 def the_unit_only_looks_at_the_schema(site: Site) -> Iterator[str]:
     """Migrating is another unit, as another role, that nothing starts by itself."""
     if _server(site).get("ExecStartPre") != ["/opt/identity-service/bin/identity-service migrate --check"]:
