@@ -1,5 +1,6 @@
 """The database roles of deploy/postgresql: the service works under its own, and whoever steals it gets rows at most."""
 
+import contextlib
 import re
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -24,6 +25,7 @@ from identity_service.main.jobs import leased_jobs
 from tests.support import servers
 from tests.support.addresses import plain
 from tests.support.clock import FrozenClock
+from tests.support.commands import Cli, Forge, in_production
 from tests.support.servers import LocalPostgres
 from tests.support.service import MASTER_KEY, PASSWORD, Service, running, test_settings
 from tests.support.trail import Trail
@@ -135,6 +137,16 @@ async def trail(prepare: Callable[[], Roles]) -> AsyncIterator[Trail]:
         yield Trail(db, clock, keys, AuditTrail(clock), AuditChain(clock, keys))
     finally:
         await db.close()
+
+
+def test_who_forgot_the_grants_is_not_sent_to_migrate(prepare: Callable[[], Roles], tmp_path: Path) -> None:
+    """As after a restore without privileges: the schema is there, and the role may not look at it."""
+    roles = prepare()
+    roles.as_migrator("REVOKE SELECT ON alembic_version FROM identity_service")
+    with contextlib.closing(Forge(tmp_path)) as forge:
+        said = Cli(forge, in_production(roles.engine_url, tmp_path)).run("migrate", "--check").refused()
+    assert "permission denied for table alembic_version" in said
+    assert "run `identity-service migrate`" not in said
 
 
 # -- the service needs no more ----------------------------------------------------------------------------------------

@@ -12,13 +12,15 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from identity_service.infra.database import pooler
-from identity_service.infra.database.failures import TransactionConflict
+from identity_service.infra.database.failures import DatabaseUnavailable, TransactionConflict
 from identity_service.infra.database.transaction import PATIENCE, Transaction
 from identity_service.infra.telemetry.metrics import DATABASE_POOL_SIZE
 
 log = structlog.get_logger(__name__)
 
 Answer = TypeVar("Answer")
+
+_NO_TABLE = "42P01"
 
 
 @final
@@ -111,15 +113,21 @@ class Database:
         )
 
     async def revision(self) -> str | None:
-        """Return the schema's revision, or None for a database that was never migrated."""
+        """
+        Return the schema's revision, or None for a database that was never migrated.
+
+        Raises DatabaseUnavailable, also where the role may not look: nobody shall migrate for want of a right.
+        """
         try:
             async with self.transaction() as tx:
                 found: str | None = (
                     await tx.execute(text("SELECT max(version_num) FROM alembic_version"))
                 ).scalar_one()
                 return found
-        except DBAPIError:
-            return None
+        except DBAPIError as error:
+            if self.on_sqlite or getattr(error.orig, "sqlstate", None) == _NO_TABLE:
+                return None
+            raise DatabaseUnavailable(type(error.orig).__name__) from error
 
     async def close(self) -> None:
         """Close every pooled connection."""
