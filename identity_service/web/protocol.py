@@ -50,6 +50,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     largest_head: ClassVar[int] = 64 * 1024
     """Bytes before the headers are complete."""
+    most_waiting: ClassVar[int] = 64
+    """Requests of one connection that wait for the answer to the one before; each takes some 4 KB here, and 30 bytes to
+    send."""
     largest_message: ClassVar[int] = 1024 * 1024
     """Bytes of one request with everything; no endpoint reads a sixteenth of it."""
     head_deadline: ClassVar[float] = 10.0
@@ -106,13 +109,16 @@ class BoundedProtocol(HttpToolsProtocol):
         Raises ValueError, which the parser takes for a malformed request, where it is more lenient than a proxy in
         front of us: it reads versions that have no headers, and drops what follows a `#` (RFC 9112 §3.2 has none).
         Also for a body behind the wish for another protocol: the parser takes the body for that protocol, drops as much
-        of it as is there, and finds requests in the rest. So no request may follow such a wish, either.
+        of it as is there, and finds requests in the rest. So no request may follow such a wish, either. And for more
+        requests than may wait: they come in one piece, before reading can be paused.
         """
         if b"#" in self.url or self.parser.get_http_version() not in _VERSIONS:
             raise ValueError("no request line of HTTP/1")
         other_protocol = self.parser.should_upgrade()
         if other_protocol and _announces_body(self.headers):
             raise ValueError("a body in another protocol")
+        if len(self.pipeline) >= self.most_waiting:
+            raise ValueError("too many requests at once")
         self._in_head = False
         self._stop_clock()
         if not self.flow.write_paused:
@@ -123,7 +129,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is not HTTP; `msg` is the server's word for it, and nobody's business."""
-        self.transport.write(_MALFORMED)
+        if not self.pipeline:  # or it would be taken for the answer to a request that waits
+            self.transport.write(_MALFORMED)
         self.transport.close()
 
     def on_message_complete(self) -> None:
@@ -134,6 +141,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Begin to wait for the client, unless its next request is there already."""
         super().on_response_complete()
+        if self.pipeline:
+            self.flow.pause_reading()  # until those have been answered that are here
         waits = self.timeout_keep_alive_task is not None or self.transport.is_closing()
         if waits and self in self.connections:  # who has gone meanwhile would stay for ever
             self._idle[self] = None

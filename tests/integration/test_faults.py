@@ -3,7 +3,7 @@
 import asyncio
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
@@ -61,9 +61,9 @@ async def test_a_backend_that_dies_before_commit_is_unavailability_and_no_fault(
 
 
 @asynccontextmanager
-async def _listening(app: AsgiApp) -> AsyncIterator[tuple[uvicorn.Server, int]]:
+async def _listening(app: AsgiApp, **options: Any) -> AsyncIterator[tuple[uvicorn.Server, int]]:
     """A server for an application, and its port."""
-    config = uvicorn.Config(app, port=0, http=BoundedProtocol, ws="none", lifespan="off", log_config=None)
+    config = uvicorn.Config(app, port=0, http=BoundedProtocol, ws="none", lifespan="off", log_config=None, **options)
     config.load()
     server = uvicorn.Server(config)
     server.lifespan = config.lifespan_class(config)
@@ -103,25 +103,103 @@ async def test_a_head_that_does_not_come_is_not_waited_for(monkeypatch: pytest.M
         assert b"\r\n" + name + b": " + value + b"\r\n" in answer
 
 
-@pytest.mark.case("INP-09")
-async def test_an_answer_that_nobody_reads_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also one whose connection is closed already: closing waits until everything was taken."""
-    monkeypatch.setattr(BoundedProtocol, "unread_deadline", 0.5)
+def _large_answer(*headers: tuple[bytes, bytes]) -> AsgiApp:
+    """An application whose every answer is more than fits in between."""
+    body = b"x" * 16 * 1024 * 1024
 
     async def app(_scope: Any, _receive: Any, send: Any) -> None:
-        large = b"x" * 16 * 1024 * 1024
-        head = [(b"content-length", str(len(large)).encode("ascii")), (b"connection", b"close")]
+        head = [(b"content-length", str(len(body)).encode("ascii")), *headers]
         await send({"type": "http.response.start", "status": 200, "headers": head})
-        await send({"type": "http.response.body", "body": large})
+        for _ in range(2):
+            await send({"type": "http.response.body", "body": body[: len(body) // 2], "more_body": True})
+        await send({"type": "http.response.body"})
+
+    return app
+
+
+@asynccontextmanager
+async def _reading_nothing(port: int, requests: int = 1) -> AsyncIterator[None]:
+    """A client that has asked, and does not read."""
+    loop = asyncio.get_running_loop()
+    with socket.socket() as line:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        line.setblocking(False)
+        await loop.sock_connect(line, ("127.0.0.1", port))
+        await loop.sock_sendall(line, b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * requests)
+        yield
+
+
+@pytest.mark.case("INP-09")
+@pytest.mark.parametrize("headers", [(), ((b"connection", b"close"),)], ids=["kept", "being closed"])
+async def test_an_answer_that_nobody_reads_is_not_kept(
+    monkeypatch: pytest.MonkeyPatch, headers: tuple[tuple[bytes, bytes], ...]
+) -> None:
+    """Also one whose connection is closed already: closing waits until everything was taken."""
+    monkeypatch.setattr(BoundedProtocol, "unread_deadline", 0.5)
+    async with _listening(_large_answer(*headers)) as (server, port), _reading_nothing(port):
+        state = server.server_state
+        await until(lambda: state.connections)
+        await until(lambda: not state.connections and not state.tasks)
+
+
+@pytest.mark.case("INP-09")
+async def test_who_reads_no_answer_gives_way_to_the_newcomer() -> None:
+    """It asks for much and takes nothing: that is no request in progress which anybody would have to wait for."""
+    async with _listening(_large_answer(), limit_concurrency=2) as (server, port), AsyncExitStack() as stack:
+        for _ in range(2):
+            await stack.enter_async_context(_reading_nothing(port, requests=2))
+        state = server.server_state
+        await until(lambda: len(state.connections) == 2 and all(each.flow.write_paused for each in state.connections))
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert (await reader.readline()) == b"HTTP/1.1 200 OK\r\n"
+        assert len(state.connections) == 2
+        writer.transport.abort()
+
+
+@pytest.mark.case("INP-09")
+async def test_few_requests_wait_in_one_connection() -> None:
+    """Thousands fit into what is read at once, and each takes a hundred times its size here; they are not answered."""
+    begun = 0
+
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        nonlocal begun
+        begun += 1
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+    async with _listening(app) as (_, port):
+        for count in (BoundedProtocol.most_waiting + 1, BoundedProtocol.most_waiting + 2):
+            begun = 0
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            last = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+            writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * (count - 1) + last)
+            answered = await asyncio.wait_for(reader.read(), 20)
+            writer.close()
+            if count == BoundedProtocol.most_waiting + 1:
+                assert answered.count(b"HTTP/1.1 204 ") == begun == count
+            else:
+                assert answered == b"", "nor is anything said that could be taken for the answer to one of them"
+                assert begun <= 1
+
+
+async def test_requests_that_come_while_others_wait_are_read_when_those_were_answered() -> None:
+    """However many there are: nobody who sends a few at a time is cut off."""
+
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        await asyncio.sleep(0.001)
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
 
     async with _listening(app) as (server, port):
-        with socket.socket() as line:
-            line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            line.setblocking(False)
-            await asyncio.get_running_loop().sock_connect(line, ("127.0.0.1", port))
-            await asyncio.get_running_loop().sock_sendall(line, b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
-            state = server.server_state
-            await until(lambda: state.total_requests == 1 and not state.connections)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        few = 50
+        for number in range(10):
+            writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * few)
+            await until(lambda number=number: server.server_state.total_requests > number * few)  # type: ignore[misc]
+        await until(lambda: server.server_state.total_requests == 10 * few)
+        writer.close()
+        assert (await reader.read()).count(b"HTTP/1.1 204 ") == 10 * few
 
 
 async def test_whom_the_server_hangs_up_on_leaves_nothing_behind() -> None:

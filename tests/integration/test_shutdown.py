@@ -196,43 +196,6 @@ def test_where_everybody_is_being_served_the_newcomer_is_asked_to_come_again(dat
         assert httpx2.get(f"{server.url}/.well-known/jwks.json", timeout=LONG).status_code == 200
 
 
-def read_nothing(stack: ExitStack, port: int, path: str) -> socket.socket:
-    """Return a connection on which more is asked for than fits in between, and nothing is read."""
-    line = stack.enter_context(socket.socket())
-    line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    line.settimeout(LONG)
-    line.connect(("127.0.0.1", port))
-    line.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode("ascii") * 5_000)
-    return line
-
-
-def until_nothing_moves(count: Any) -> None:
-    """Wait until what is counted stays as it is."""
-    while (before := count()) is not None:
-        time.sleep(0.5)
-        if count() == before:
-            return
-
-
-def answered(management: httpx2.Client) -> list[str]:
-    """Return the lines of the metrics that count requests for the key set."""
-    named = 'identity_http_requests_total{method="GET",route="/.well-known/jwks.json"'
-    return [line for line in management.get("/metrics").text.splitlines() if line.startswith(named)]
-
-
-@pytest.mark.case("INP-09")
-def test_a_crowd_that_reads_no_answer_shuts_nobody_out(database_url: str) -> None:
-    """It asks for much and takes nothing; that is no request in progress which anybody would have to wait for."""
-    with served(database_url, max_connections="10") as (server, management), ExitStack() as stack:
-        for _ in range(10):
-            read_nothing(stack, server.port, "/.well-known/jwks.json")
-        until_nothing_moves(lambda: answered(management))
-        for _ in range(3):
-            assert httpx2.get(f"{server.url}/.well-known/jwks.json", timeout=LONG).status_code == 200
-        assert shed(management, "new") == 0
-        assert shed(management, "idle") >= 1
-
-
 def answer_to_a_newcomer(server: ServerProcess) -> bytes:
     """Return what somebody hears who connects and asks."""
     with connect(server) as line:
