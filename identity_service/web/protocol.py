@@ -7,6 +7,7 @@ takes a file descriptor that the database might need.
 """
 
 import asyncio
+import re
 import socket
 from collections.abc import Iterable
 from http import HTTPStatus
@@ -34,6 +35,9 @@ _MALFORMED = _parting_words(HTTPStatus.BAD_REQUEST)
 _TOO_LARGE = _parting_words(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
 _TOO_SLOW = _parting_words(HTTPStatus.REQUEST_TIMEOUT)
 _TOO_MANY = _parting_words(HTTPStatus.SERVICE_UNAVAILABLE, (b"retry-after", b"1"))
+
+
+_WISH = re.compile(rb"(?i)\r\nupgrade:")
 
 
 @final
@@ -94,7 +98,15 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Count and parse; a head that is complete in its first piece, as nearly all are, never starts the clock."""
+        """
+        Count and parse; a head that is complete in its first piece, as nearly all are, never starts the clock.
+
+        The wish for another protocol is ignored (RFC 9110 §7.8): Java's own client has it whenever there is no TLS, and
+        the parser would take the body behind it for that protocol. It is taken out where clients put it, in the first
+        piece; how it is met anywhere else, `on_headers_complete` says.
+        """
+        if self._in_head and not self._received and b"pgrade:" in data:
+            data = _without_wish(data)
         self._received += len(data)
         super().data_received(data)
         if self._received > (self.largest_head if self._in_head else self.largest_message):
@@ -108,9 +120,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
         Raises ValueError, which the parser takes for a malformed request, where it is more lenient than a proxy in
         front of us: it reads versions that have no headers, and drops what follows a `#` (RFC 9112 §3.2 has none).
-        Also for a body behind the wish for another protocol: the parser takes the body for that protocol, drops as much
-        of it as is there, and finds requests in the rest. So no request may follow such a wish, either. And for more
-        requests than may wait: they come in one piece, before reading can be paused.
+        Also for a body behind a wish for another protocol that came in pieces: the parser takes the body for that
+        protocol, drops as much of it as is there, and finds requests in the rest. So no request may follow such a wish,
+        either. And for more requests than may wait: they come in one piece, before reading can be paused.
         """
         if b"#" in self.url or self.parser.get_http_version() not in _VERSIONS:
             raise ValueError("no request line of HTTP/1")
@@ -169,6 +181,12 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+
+def _without_wish(data: bytes) -> bytes:
+    """Return the beginning of a request with another name for the header field `Upgrade`, of the same length."""
+    head, end, rest = data.partition(b"\r\n\r\n")
+    return _WISH.sub(b"\r\nignored:", head) + end + rest
 
 
 def _announces_body(headers: Iterable[tuple[bytes, bytes]]) -> bool:

@@ -177,16 +177,27 @@ WISHES = {
 
 
 @pytest.mark.rfc("9110", "7.8")
+@pytest.mark.parametrize("wish", WISHES)
+@pytest.mark.parametrize("framing", ["length", "chunks"])
+def test_the_wish_for_another_protocol_is_ignored(target: Target, wish: str, framing: str) -> None:
+    """Java's own client has it with every request that goes without TLS; body and connection are as without it."""
+    head, body = _behind(WISHES[wish], framing, target.credentials)
+    for pieces in ([head + body + HIDDEN], [head, body + HIDDEN]):
+        answered = target.raw(*pieces)
+        assert status_of(answered) == 200
+        assert b"access_token" in answered
+        assert answers_in(answered) == 2
+
+
+@pytest.mark.rfc("9110", "7.8")
 @pytest.mark.case("INP-10")
 @pytest.mark.parametrize("wish", WISHES)
-@pytest.mark.parametrize("framing", [b"Content-Length: %d\r\n" % len(HIDDEN), TE], ids=["length", "chunks"])
-def test_a_body_behind_the_wish_for_another_protocol_is_never_a_request(
-    target: Target, wish: str, framing: bytes
-) -> None:
-    """Nor is it dropped in silence, when it comes a moment later than the headers as when it comes with them."""
-    head = b"POST /token HTTP/1.1\r\n" + HOST + FORM + WISHES[wish] + framing + b"\r\n"
-    body = HIDDEN if framing != TE else b"%x\r\n" % len(HIDDEN) + HIDDEN + b"\r\n0\r\n\r\n"
-    for pieces in ([head + body], [head, body]):
+@pytest.mark.parametrize("framing", ["length", "chunks"])
+def test_a_body_behind_a_wish_that_comes_in_pieces_is_never_a_request(target: Target, wish: str, framing: str) -> None:
+    """The parser takes it for another protocol; it is refused, and neither dropped in silence nor read as requests."""
+    head, body = _behind(WISHES[wish], framing, HIDDEN)
+    cut = head.index(b"Upgrade: ") + 4
+    for pieces in ([head[:cut], head[cut:] + body], [head[:cut], head[cut:], body], [head.upper() + body]):
         answered = target.raw(*pieces)
         assert status_of(answered) == 400
         assert answers_in(answered) == 1
@@ -195,14 +206,24 @@ def test_a_body_behind_the_wish_for_another_protocol_is_never_a_request(
 
 @pytest.mark.rfc("9110", "7.8")
 @pytest.mark.parametrize("wish", WISHES)
-def test_the_wish_for_another_protocol_is_not_granted_and_the_last_one(target: Target, wish: str) -> None:
+def test_a_wish_that_comes_in_pieces_is_not_granted_and_the_last_one(target: Target, wish: str) -> None:
     """The parser has dropped what came with it, so nothing that follows can be trusted to be a request."""
     head = b"GET /healthz HTTP/1.1\r\n" + HOST + WISHES[wish] + b"Content-Length: 0\r\n\r\n"
-    for pieces in ([head], [head + HIDDEN], [head + HIDDEN[:20], HIDDEN[20:]]):
+    cut = head.index(b"Upgrade: ") + 4
+    for pieces in ([head[:cut], head[cut:]], [head[:cut], head[cut:] + HIDDEN], [head[:cut], head[cut:], HIDDEN]):
         answered = target.raw(*pieces)
         assert answered.startswith(b"HTTP/1.1 200 ")
         assert b"\r\nconnection: close\r\n" in answered
         assert answers_in(answered) == 1
+
+
+def _behind(wish: bytes, framing: str, body: bytes) -> tuple[bytes, bytes]:
+    """Return the head of a request for a token with `wish`, and its body."""
+    if framing == "length":
+        announced, sent = b"Content-Length: %d\r\n" % len(body), body
+    else:
+        announced, sent = TE, b"%x\r\n" % len(body) + body + b"\r\n0\r\n\r\n"
+    return b"POST /token HTTP/1.1\r\n" + HOST + FORM + wish + announced + b"\r\n", sent
 
 
 @pytest.mark.rfc("9110", "10.1.1")

@@ -113,7 +113,9 @@ def locked(stage: Stage) -> Iterator[None]:
 @pytest.mark.case("OPS-07")
 async def test_five_hundred_who_hang_up_while_rows_are_locked_leave_nothing_behind(stage: Stage) -> None:
     """No transaction stays open, no connection is lost to the pool, and the token is used up at most once."""
-    async with at_work(stage, people=1, machines=0, newcomers_every=None, looks_every=None) as crowd:
+    async with at_work(
+        stage, people=1, machines=0, newcomers_every=None, looks_every=None, habits={"refresh": 1.0}
+    ) as crowd:
         await crowd.busy(5)
         await crowd.stop()
         (session, *_) = crowd.ledger.accounts[0].live
