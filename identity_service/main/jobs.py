@@ -21,7 +21,7 @@ log = structlog.get_logger(__name__)
 _HOUR = 3600.0
 _DAY = 24 * _HOUR
 _BATCH = 500  # rows deleted in one transaction: no request waits for longer than that takes
-_STRIDE, _REST = 100, 0.02  # rows that are looked at in one go, and seconds in which requests alone are served
+_STRIDE, _REST = 100, 0.01  # rows that are looked at in one go, and seconds in which requests alone are served
 _WARNED_BEFORE = timedelta(days=7)
 
 

@@ -174,3 +174,29 @@ async def test_a_server_that_says_hello_and_nothing_more_is_not_waited_for() -> 
             async with asyncio.timeout(20):
                 await db.run(look)
         await db.close()
+
+
+@pytest.mark.case("OPS-04")
+@pytest.mark.parametrize("way", ["execute", "fetch_hot"])
+async def test_a_connection_to_a_server_that_takes_no_changes_is_not_used_again(database_url: str, way: str) -> None:
+    """After a fail-over the address leads to another server; who holds on to the old one is refused for ever."""
+    db = Database(database_url, pool_size=1)
+    change = text("UPDATE locks SET name = name").columns()
+
+    async def backend() -> int:
+        async with db.transaction() as tx:
+            number: int = (await tx.execute(text("SELECT pg_backend_pid()"))).scalar_one()
+            return number
+
+    before = await backend()
+    assert await backend() == before
+
+    async def demoted() -> None:
+        async with db.transaction() as tx:
+            await tx.execute(text("SET TRANSACTION READ ONLY"))
+            await (tx.execute(change) if way == "execute" else tx.fetch_hot(change, {}))
+
+    with pytest.raises(DatabaseUnavailable, match="25006"):
+        await demoted()
+    assert await backend() != before
+    await db.close()

@@ -8,7 +8,8 @@ from identity_service.infra.database import pooler
 
 # SQLSTATE classes and codes that speak of the server's state, never of our statement (PostgreSQL, appendix A).
 _UNAVAILABLE_CLASSES = ("08", "53", "57", "58")
-_UNAVAILABLE_CODES = ("25006", "55P03", "25P03")
+_UNAVAILABLE_CODES = ("55P03", "25P03")
+_READ_ONLY_CODE = "25006"
 _CONFLICT_CODES = ("40001", "40P01")
 
 
@@ -17,6 +18,10 @@ class DatabaseUnavailable(Exception):
 
     kind = "unavailable"
     """What the metrics call it."""
+
+
+class DatabaseReadOnly(DatabaseUnavailable):
+    """Whoever answers takes no changes: a standby, or a primary that another one has taken over from."""
 
 
 class PoolExhausted(DatabaseUnavailable):
@@ -52,6 +57,8 @@ def translate(error: Exception, *, committing: bool) -> Exception:
     code = getattr(cause, "sqlstate", None) or ""
     if code in _CONFLICT_CODES:
         return TransactionConflict(code)
+    if code == _READ_ONLY_CODE:
+        return DatabaseReadOnly(code)
     lost = lost or code.startswith(("08", "57P"))  # 08: what a pooler says when it has lost the server
     if lost and not committing:
         return TransactionConflict(code or "connection lost")

@@ -20,7 +20,12 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from identity_service.infra.database.failures import DatabaseUnavailable, TransactionConflict, translate
+from identity_service.infra.database.failures import (
+    DatabaseReadOnly,
+    DatabaseUnavailable,
+    TransactionConflict,
+    translate,
+)
 from identity_service.infra.runtime import to_its_end
 from identity_service.infra.tables import locks
 from identity_service.infra.telemetry import Span, child_span
@@ -55,8 +60,8 @@ class Transaction:
     """
 
     __slots__ = (
-        *("_asked_at", "_connection", "_driver", "_engine", "_locks", "_loop", "_patience", "_silent", "_span"),
-        "_watch",
+        *("_asked_at", "_connection", "_demoted", "_driver", "_engine", "_locks", "_loop", "_patience", "_silent"),
+        *("_span", "_watch"),
     )
 
     def __init__(self, engine: AsyncEngine, patience: float = PATIENCE) -> None:
@@ -64,6 +69,7 @@ class Transaction:
         self._engine = engine
         self._patience = patience
         self._silent = False
+        self._demoted = False
         self._asked_at: float | None = None  # by the loop's clock; None while no answer is owed
         self._watch: asyncio.TimerHandle | None = None
         self._locks: frozenset[str] = frozenset()
@@ -184,6 +190,7 @@ class Transaction:
         translated = translate(error, committing=committing)
         if self._silent and isinstance(translated, TransactionConflict):
             translated = DatabaseUnavailable("no answer")
+        self._demoted = self._demoted or isinstance(translated, DatabaseReadOnly)
         if isinstance(translated, DatabaseUnavailable):
             DATABASE_ERRORS.labels(translated.kind).inc()
         return translated
@@ -233,7 +240,9 @@ class Transaction:
                 if self._driver.info.transaction_status != TransactionStatus.IDLE:
                     with contextlib.suppress(psycopg.Error):
                         await self._driver.rollback()
-                if self._driver.closed:
+                # Who takes no changes any more would take none of the next request, either: that one asks the address
+                # anew, where another server may be the primary by now.
+                if self._driver.closed or self._demoted:
                     await connection.invalidate()
             await connection.close()
         finally:
