@@ -120,7 +120,7 @@ class Cli:
         content = stdin if isinstance(stdin, bytes) else stdin.encode()
         words = (*words, *self.options)
         result = Result(*self.forge.run(words, self.environment(**env), self.env["HOME"], content))
-        assert "Traceback" not in result.out + result.err, result.err
+        assert "Traceback" not in result.out + result.err, result.out + result.err
         for secret in self.secrets:
             assert secret not in result.out + result.err
         return result
