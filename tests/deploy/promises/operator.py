@@ -1,4 +1,4 @@
-"""A pod for an operator's commands while no server runs: nobody's way in, and gone when its work is done (OPS-20)."""
+"""A pod for an operator's commands while no server runs: nobody's way in, and gone when its work is done."""
 
 from collections.abc import Iterator
 
