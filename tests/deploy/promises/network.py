@@ -259,18 +259,19 @@ names_are_asked_of_the_cluster_s_own_resolver.broken_by(
 @promise
 def all_go_to_the_same_database(site: Site) -> Iterator[str]:
     """Whoever moves it and forgets one of them finds out in the middle of a rollout, or of a restore."""
-    server, operator, migration = (
-        [rule.get("to") for _, rule in _rules(among, "egress", pod) if "5432" in str(rule.get("ports"))]
-        for among, pod in (
-            (site.production, site.pod),
-            (site.production, site.operator_pod),
-            (site.migrate, site.migration_pod),
-        )
-    )
-    if not server == operator == migration:
-        yield f"{server}, {operator}, {migration}"
+    for among, beside in ((site.production, site.migrate), (site.dev, site.dev)):
+        ways = [
+            [rule.get("to") for _, rule in _rules(found, "egress", pod) if "5432" in str(rule.get("ports"))]
+            for found, pod in ((among, site.pod), (among, site.operator_pod), (beside, site.migration_pod))
+        ]
+        if not ways[0] == ways[1] == ways[2]:
+            yield f"{ways}"
 
 
+all_go_to_the_same_database.broken_by(
+    "an operator's commands in development are let to another one",
+    lambda site: put(_way(site, "operator-to-postgresql", site.dev), "to", 0, "ipBlock", "cidr", value="192.0.2.16/28"),
+)
 all_go_to_the_same_database.broken_by(
     "an operator's commands are let to another one",
     lambda site: put(_way(site, "operator-to-postgresql"), "to", 0, "ipBlock", "cidr", value="192.0.2.16/28"),
