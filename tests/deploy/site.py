@@ -23,8 +23,9 @@ DEPLOY: Final = ROOT / "deploy"
 Document = dict[str, Any]
 
 SERVER: Final = {"app.kubernetes.io/name": "identity-service", "app.kubernetes.io/component": "server"}
-"""The labels by which the server's pods are told from the migration's."""
+"""The labels by which the server's pods are told from the migration's, and from an operator's."""
 MIGRATION: Final = {**SERVER, "app.kubernetes.io/component": "migration"}
+OPERATOR: Final = {**SERVER, "app.kubernetes.io/component": "operator"}
 
 _WORKLOADS = ("Deployment", "Job", "StatefulSet", "DaemonSet", "ReplicaSet", "CronJob", "Pod")
 
@@ -146,6 +147,7 @@ class Site:
     units: dict[str, dict[str, list[str]]]
     roles: str
     readme: str
+    backup: str
     texts: dict[str, str]
     facts: Facts
 
@@ -174,6 +176,7 @@ class Site:
             units={path.name: unit(path.read_text("utf-8")) for path in sorted((DEPLOY / "systemd").glob("*.service"))},
             roles=(DEPLOY / "postgresql" / "roles.sql").read_text("utf-8"),
             readme=(DEPLOY / "README.md").read_text("utf-8"),
+            backup=(ROOT / "docs" / "backup.md").read_text("utf-8"),
             texts={
                 path.relative_to(DEPLOY).as_posix(): path.read_text("utf-8")
                 for path in sorted(DEPLOY.rglob("*"))
@@ -234,6 +237,22 @@ class Site:
     def schema_check(self) -> Document:
         """The container that waits for the migration."""
         found: Document = dig(self.pod.spec, "initContainers", 0, default={})
+        return found
+
+    @property
+    def operator_deployment(self) -> Document:
+        """The Deployment in production that operators' commands are run in while no server is."""
+        return self.find("Deployment", "identity-service-operator")
+
+    @property
+    def operator_pod(self) -> Pod:
+        """The operator's pod in production."""
+        return pod_of(self.operator_deployment, "production")
+
+    @property
+    def operator(self) -> Document:
+        """The operator's container in production."""
+        found: Document = dig(self.operator_pod.spec, "containers", 0, default={})
         return found
 
     @property

@@ -100,7 +100,9 @@ def _set(objects: Sequence[Any], where: str, value: Any) -> None:
     """Set the field `Kind/name:path.to.field`; the name may go on, as kustomize lets a ConfigMap's."""
     place, _, path = where.partition(":")
     kind, _, name = place.partition("/")
-    found: Any = next(it for it in objects if it["kind"] == kind and it["metadata"]["name"].startswith(name))
+    # A ConfigMap's name goes on with a digest, and what is called otherwise goes on as well: the shortest is meant.
+    alike = [it for it in objects if it["kind"] == kind and it["metadata"]["name"].startswith(name)]
+    found: Any = min(alike, key=lambda it: len(it["metadata"]["name"]))
     *steps, last = path.split(".")
     for step in steps:
         found = found[int(step) if isinstance(found, list) else step]

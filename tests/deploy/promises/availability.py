@@ -198,7 +198,7 @@ replicas_stand_on_different_nodes_and_in_different_zones.broken_by(
 
 @promise
 def selectors_pick_the_server_and_nobody_else(site: Site) -> Iterator[str]:
-    """Not the migration, which has the same name; and not nobody."""
+    """Not the migration nor an operator's pod, which have the same name; and not nobody."""
     selectors = [("Deployment", dig(site.deployment, "spec", "selector")), ("budget", _budget(site).get("selector"))]
     selectors += [
         (f"Service/{found['metadata']['name']}", {"matchLabels": dig(found, "spec", "selector")})
@@ -211,12 +211,13 @@ def selectors_pick_the_server_and_nobody_else(site: Site) -> Iterator[str]:
     for where, selector in selectors:
         if selector != {"matchLabels": SERVER} or not selects(selector, site.pod.labels):
             yield f"{where}: {selector}"
-        if selects(selector, site.migration_pod.labels):
-            yield f"{where}: picks the migration"
+        for pod in (site.migration_pod, site.operator_pod):
+            if selects(selector, pod.labels):
+                yield f"{where}: picks {pod.where}"
 
 
 selectors_pick_the_server_and_nobody_else.broken_by(
-    "a Service picks the migration, too",
+    "a Service picks the other pods, too",
     lambda site: drop(site.find("Service", "identity-service"), "spec", "selector", "app.kubernetes.io/component"),
 )
 
@@ -273,6 +274,22 @@ memory_is_enough_for_passwords_at_the_same_time.broken_by(
 )
 
 
+@promise
+def a_command_may_take_what_it_needs(site: Site) -> Iterator[str]:
+    """As much as a replica that is idle, for one password at a time, and a /tmp with a trail in it."""
+    hashing = int(site.setting("IDENTITY_ARGON2_MEMORY_KIB")) * 1024
+    writable = sum(_bytes(dig(each, "emptyDir", "sizeLimit")) for each in site.operator_pod.spec.get("volumes") or [])
+    limit = _bytes(dig(site.operator, "resources", "limits", "memory"))
+    if limit < _IDLE + hashing + writable:
+        yield f"limit {limit // _MIB} MiB; {(_IDLE + hashing + writable) // _MIB} MiB may be needed"
+
+
+a_command_may_take_what_it_needs.broken_by(
+    "a trail leaves a command no memory",
+    lambda site: put(site.operator, "resources", "limits", "memory", value="384Mi"),
+)
+
+
 def _number(pattern: str, text: str) -> int:
     """Return the number that a document states. Raises AttributeError where it does not."""
     return int(re.search(pattern, text)[1])  # type: ignore[index]
@@ -280,23 +297,27 @@ def _number(pattern: str, text: str) -> int:
 
 @promise
 def all_replicas_together_fit_the_database(site: Site) -> Iterator[str]:
-    """At the largest number, in the middle of a rollout, with some still leaving; the rest is for everybody else."""
+    """At the largest number, in the middle of a rollout, with some still leaving, and with an operator's pod."""
     surge = dig(site.deployment, "spec", "strategy", "rollingUpdate", "maxSurge", default=1)
     period = dig(site.deployment, "spec", "minReadySeconds", default=0) + 2  # a new replica, at the very soonest
     leaving = math.ceil(dig(site.server, "lifecycle", "preStop", "sleep", "seconds", default=0) / period) + 1
     replicas = _scaler(site).get("maxReplicas", 0) + surge + leaving
-    needed = replicas * int(site.setting("IDENTITY_DATABASE_POOL_SIZE"))
+    needed = (replicas + 1) * int(site.setting("IDENTITY_DATABASE_POOL_SIZE"))
     allowed = _number(r"ROLE identity_service CONNECTION LIMIT (\d+);", site.roles)
     migrator = _number(r"ROLE identity_migrator CONNECTION LIMIT (\d+);", site.roles)
     server = _number(r"`max_connections` of at least (\d+)", site.readme)
     if needed > allowed:
-        yield f"{replicas} replicas may hold {needed} connections, the role has {allowed}"
+        yield f"{replicas} replicas and a command may hold {needed} connections, the role has {allowed}"
     if allowed + migrator + 20 > server:
         yield f"the roles may take {allowed + migrator} of {server}"
 
 
 all_replicas_together_fit_the_database.broken_by(
     "more replicas than connections", lambda site: put(_scaler(site), "maxReplicas", value=20)
+)
+all_replicas_together_fit_the_database.broken_by(
+    "no connection is left for an operator",
+    lambda site: setattr(site, "roles", site.roles.replace("CONNECTION LIMIT 150;", "CONNECTION LIMIT 140;")),
 )
 all_replicas_together_fit_the_database.broken_by(
     "larger pools", lambda site: put(site.config, "IDENTITY_DATABASE_POOL_SIZE", value="20")

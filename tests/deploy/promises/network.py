@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tests.deploy.promises import promise
-from tests.deploy.site import MIGRATION, SERVER, Document, Pod, Site, dig, drop, put, selects
+from tests.deploy.site import MIGRATION, OPERATOR, SERVER, Document, Pod, Site, dig, drop, put, selects
 
 _DNS = {("UDP", 53), ("TCP", 53)}
 _RESOLVER = {
@@ -238,7 +238,11 @@ the_migration_goes_out_to_postgresql_and_nowhere_else.broken_by(
 @promise
 def names_are_asked_of_the_cluster_s_own_resolver(site: Site) -> Iterator[str]:
     """An open port 53 to anybody is a tunnel."""
-    for among, pod in ((site.production, site.pod), (site.migrate, site.migration_pod)):
+    for among, pod in (
+        (site.production, site.pod),
+        (site.production, site.operator_pod),
+        (site.migrate, site.migration_pod),
+    ):
         for name, rule in _rules(among, "egress", pod):
             if any(opening.get("port") == 53 for opening in rule.get("ports") or []):
                 for peer in rule.get("to") or []:
@@ -253,17 +257,26 @@ names_are_asked_of_the_cluster_s_own_resolver.broken_by(
 
 
 @promise
-def server_and_migration_go_to_the_same_database(site: Site) -> Iterator[str]:
-    """Whoever moves it and forgets one of the two finds out in the middle of a rollout."""
-    server, migration = (
-        [rule.get("to") for _, rule in _rules(among, "egress", pod) if "5432" in str(rule.get("ports"))]
-        for among, pod in ((site.production, site.pod), (site.migrate, site.migration_pod))
-    )
-    if server != migration:
-        yield f"{server}, {migration}"
+def all_go_to_the_same_database(site: Site) -> Iterator[str]:
+    """Whoever moves it and forgets one of them finds out in the middle of a rollout, or of a restore."""
+    for among, beside in ((site.production, site.migrate), (site.dev, site.dev)):
+        ways = [
+            [rule.get("to") for _, rule in _rules(found, "egress", pod) if "5432" in str(rule.get("ports"))]
+            for found, pod in ((among, site.pod), (among, site.operator_pod), (beside, site.migration_pod))
+        ]
+        if not ways[0] == ways[1] == ways[2]:
+            yield f"{ways}"
 
 
-server_and_migration_go_to_the_same_database.broken_by(
+all_go_to_the_same_database.broken_by(
+    "an operator's commands in development are let to another one",
+    lambda site: put(_way(site, "operator-to-postgresql", site.dev), "to", 0, "ipBlock", "cidr", value="192.0.2.16/28"),
+)
+all_go_to_the_same_database.broken_by(
+    "an operator's commands are let to another one",
+    lambda site: put(_way(site, "operator-to-postgresql"), "to", 0, "ipBlock", "cidr", value="192.0.2.16/28"),
+)
+all_go_to_the_same_database.broken_by(
     "the migration is let to another one",
     lambda site: put(
         _way(site, "migrate-to-postgresql", site.migrate), "to", 0, "ipBlock", "cidr", value="192.0.2.16/28"
@@ -295,9 +308,11 @@ the_gateway_that_routes_hang_on_may_come_in.broken_by(
 def every_policy_is_about_the_pods_that_it_means(site: Site) -> Iterator[str]:
     """A selector with a typing error opens or denies nothing, one that says less opens for others, too."""
     for among in _everywhere(site):
-        labels = MIGRATION if among is site.migrate else SERVER
         for policy in _policies(among):
-            wanted = {} if policy["metadata"]["name"] == "default-deny" else {"matchLabels": labels}
+            name = policy["metadata"]["name"]
+            of_operator = name.startswith("identity-service-operator-")
+            labels = MIGRATION if among is site.migrate else OPERATOR if of_operator else SERVER
+            wanted = {} if name == "default-deny" else {"matchLabels": labels}
             if dig(policy, "spec", "podSelector") != wanted:
                 yield f"{policy['metadata']['name']}: {dig(policy, 'spec', 'podSelector')}"
 

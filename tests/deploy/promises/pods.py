@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 
 from tests.deploy.promises import promise
-from tests.deploy.site import Site, dig, drop, put
+from tests.deploy.site import OPERATOR, Site, dig, drop, put
 
 CASES = ("DEP-01", "DEP-07")
 _USER = 10001
 _LEVEL = "pod-security.kubernetes.io/"
-_WRITABLE = ("/tmp", "Memory", "64Mi")  # noqa: S108
+_TMP = "/tmp"  # noqa: S108
+_WRITABLE = (_TMP, "Memory", "64Mi")
+_FOR_A_TRAIL = (_TMP, "Memory", "256Mi")
 
 
 @promise
@@ -168,8 +170,9 @@ pods_share_nothing_with_their_node.broken_by(
 
 @promise
 def only_tmp_can_be_written(site: Site) -> Iterator[str]:
-    """And it is memory, of a size that the memory limit was made for."""
+    """And it is memory, of a size that the memory limit was made for; an operator's takes a trail that was exported."""
     for pod in site.pods():
+        wanted = _FOR_A_TRAIL if pod.labels.items() >= OPERATOR.items() else _WRITABLE
         volumes = {volume["name"]: volume for volume in pod.spec.get("volumes") or []}
         for name, volume in volumes.items():
             if volume.keys() - {"name", "emptyDir", "secret"}:
@@ -181,7 +184,7 @@ def only_tmp_can_be_written(site: Site) -> Iterator[str]:
                     continue
                 bounds = volume.get("emptyDir") or {}
                 found = (mount["mountPath"], bounds.get("medium"), bounds.get("sizeLimit"))
-                if found != _WRITABLE:
+                if found != wanted:
                     yield f"{where}: {found}"
 
 
@@ -189,7 +192,7 @@ def only_tmp_can_be_written(site: Site) -> Iterator[str]:
 def every_container_has_a_tmp(site: Site) -> Iterator[str]:
     """Libraries look for a place to write, and the root has none."""
     for where, container in site.containers():
-        if not any(mount["mountPath"] == _WRITABLE[0] for mount in container.get("volumeMounts") or []):
+        if not any(mount["mountPath"] == _TMP for mount in container.get("volumeMounts") or []):
             yield where
 
 
@@ -233,17 +236,19 @@ no_pod_holds_a_token_of_the_cluster.broken_by(
 
 
 @promise
-def server_and_migration_have_accounts_of_their_own(site: Site) -> Iterator[str]:
-    """So that whatever is granted to one of them some day is not granted to the other."""
-    server, migration = site.pod.spec.get("serviceAccountName"), site.migration_pod.spec.get("serviceAccountName")
-    if server == migration:
-        yield f"both are {server}"
-    for name, among in ((server, site.production), (migration, site.migrate)):
+def server_operator_and_migration_have_accounts_of_their_own(site: Site) -> Iterator[str]:
+    """So that whatever is granted to one of them some day is not granted to the others."""
+    server, operator, migration = (
+        pod.spec.get("serviceAccountName") for pod in (site.pod, site.operator_pod, site.migration_pod)
+    )
+    if len({server, operator, migration}) != 3:
+        yield f"they are {server}, {operator} and {migration}"
+    for name, among in ((server, site.production), (operator, site.production), (migration, site.migrate)):
         if not name or name == "default" or not site.find("ServiceAccount", name, among):
             yield f"there is no account {name}"
 
 
-server_and_migration_have_accounts_of_their_own.broken_by(
+server_operator_and_migration_have_accounts_of_their_own.broken_by(
     "the migration uses the server's account",
     lambda site: put(site.migration_pod.spec, "serviceAccountName", value="identity-service"),
 )
@@ -281,8 +286,9 @@ pods_are_not_told_of_other_services.broken_by(
 @promise
 def containers_are_called_what_they_are(site: Site) -> Iterator[str]:
     """Dashboards and alerts look for them by name, and kubectl by the annotation."""
-    names = [container.get("name") for _, container in (*site.pod.containers(), *site.migration_pod.containers())]
-    if names != ["schema", "identity-service", "migrate"]:
+    pods = (site.pod, site.operator_pod, site.migration_pod)
+    names = [container.get("name") for pod in pods for _, container in pod.containers()]
+    if names != ["schema", "identity-service", "operator", "migrate"]:
         yield f"{names}"
     annotations = dig(site.deployment, "spec", "template", "metadata", "annotations", default={})
     if annotations.get("kubectl.kubernetes.io/default-container") != "identity-service":
@@ -312,13 +318,13 @@ the_schema_is_only_looked_at_before_serving.broken_by(
 
 @promise
 def containers_run_the_commands_that_there_are(site: Site) -> Iterator[str]:
-    """Spelled out, so that an image's entry point cannot put anything before them."""
-    for where, container in site.containers():
-        if container.get("args") or container.get("command", [])[:2] not in (
-            ["identity-service", "serve"],
-            ["identity-service", "migrate"],
-        ):
-            yield f"{where}: {container.get('command')} {container.get('args')}"
+    """Spelled out, so that an image's entry point cannot put anything before them. An operator's pod runs none yet."""
+    for pod in site.pods():
+        waits = pod.labels.items() >= OPERATOR.items()
+        wanted = [["sleep", "infinity"]] if waits else [["identity-service", name] for name in ("serve", "migrate")]
+        for where, container in pod.containers():
+            if container.get("args") or container.get("command", [])[:2] not in wanted:
+                yield f"{where}: {container.get('command')} {container.get('args')}"
 
 
 containers_run_the_commands_that_there_are.broken_by(
@@ -341,25 +347,27 @@ def _image(container: dict[str, str]) -> tuple[str, str]:
 @promise
 def images_of_production_are_pinned(site: Site) -> Iterator[str]:
     """By this version's tag until somebody pins the digest that they have tested; never by a name that moves."""
-    for where, container in (*site.pod.containers(), *site.migration_pod.containers()):
+    pods = (site.pod, site.operator_pod, site.migration_pod)
+    for where, container in (each for pod in pods for each in pod.containers()):
         name, pin = _image(container)
         if not name or not (pin == site.facts.version or (pin.startswith("sha256:") and len(pin) == 71)):
             yield f"{where}: {container.get('image')}"
 
 
 images_of_production_are_pinned.broken_by(
-    "both images are the latest",
+    "all images are the latest",
     lambda site: [
         put(container, "image", value="registry.example/identity-service:latest")
-        for container in (site.server, site.schema_check, site.migrator)
+        for container in (site.server, site.schema_check, site.operator, site.migrator)
     ],
 )
 
 
 @promise
 def the_migration_is_of_the_version_that_will_serve(site: Site) -> Iterator[str]:
-    """One image for the server, for what looks at the schema, and for what changes it."""
-    images = {container.get("image") for container in (site.server, site.schema_check, site.migrator) if container}
+    """One image for the server, for what looks at the schema, for what changes it, and for an operator's commands."""
+    containers = (site.server, site.schema_check, site.operator, site.migrator)
+    images = {container.get("image") for container in containers if container}
     if len(images) != 1:
         yield f"{images}"
 

@@ -22,7 +22,7 @@ def _references(container: Document) -> Iterator[tuple[str, str, str]]:
 def _used(site: Site) -> set[tuple[str, str]]:
     """Return every (secret, key) that a pod of production or the migration reads."""
     used = set()
-    for pod in (site.pod, site.migration_pod):
+    for pod in (site.pod, site.operator_pod, site.migration_pod):
         for _, container in pod.containers():
             used |= {(secret, key) for _, secret, key in _references(container)}
         for volume in pod.spec.get("volumes") or []:
@@ -66,49 +66,53 @@ secrets_come_by_reference_only.broken_by(
 
 
 @promise
-def the_master_key_is_a_file_that_only_the_server_reads(site: Site) -> Iterator[str]:
-    """0440 for the user's group, read-only, at the path that the setting names, in one container."""
+def the_master_key_is_a_file_that_only_server_and_operator_read(site: Site) -> Iterator[str]:
+    """0440 for the user's group, read-only, at the path that the setting names, in one container of each pod."""
     path = site.config.get("IDENTITY_MASTER_KEY_FILE", "")
-    volumes = [volume for volume in site.pod.spec.get("volumes") or [] if "secret" in volume]
-    if len(volumes) != 1 or dig(volumes, 0, "secret", "secretName") != "identity-master-key":
-        yield f"volumes: {volumes}"
-        return
-    [volume] = volumes
-    if dig(volume, "secret", "defaultMode") != 0o440:
-        yield f"mode {dig(volume, 'secret', 'defaultMode')}"
-    if dig(site.pod.spec, "securityContext", "fsGroup") != dig(site.pod.spec, "securityContext", "runAsGroup"):
-        yield "the file is not of the user's group"
-    mounts = [mount for mount in site.server.get("volumeMounts") or [] if mount["name"] == volume["name"]]
-    files = [f"{dig(mounts, 0, 'mountPath')}/{item['path']}" for item in dig(volume, "secret", "items", default=[])]
-    if len(mounts) != 1 or mounts[0].get("readOnly") is not True or files != [path]:
-        yield f"{path} is mounted as {files} by {mounts}"
-    others = [name for name, container in site.pod.containers() if container is not site.server]
-    for where, container in site.pod.containers():
-        if where in others and any(mount["name"] == volume["name"] for mount in container.get("volumeMounts") or []):
-            yield f"{where}: reads it, too"
+    for pod, reader in ((site.pod, site.server), (site.operator_pod, site.operator)):
+        volumes = [volume for volume in pod.spec.get("volumes") or [] if "secret" in volume]
+        if len(volumes) != 1 or dig(volumes, 0, "secret", "secretName") != "identity-master-key":
+            yield f"{pod.where}: volumes: {volumes}"
+            continue
+        [volume] = volumes
+        if dig(volume, "secret", "defaultMode") != 0o440:
+            yield f"{pod.where}: mode {dig(volume, 'secret', 'defaultMode')}"
+        if dig(pod.spec, "securityContext", "fsGroup") != dig(pod.spec, "securityContext", "runAsGroup"):
+            yield f"{pod.where}: the file is not of the user's group"
+        mounts = [mount for mount in reader.get("volumeMounts") or [] if mount["name"] == volume["name"]]
+        files = [f"{dig(mounts, 0, 'mountPath')}/{item['path']}" for item in dig(volume, "secret", "items", default=[])]
+        if len(mounts) != 1 or mounts[0].get("readOnly") is not True or files != [path]:
+            yield f"{pod.where}: {path} is mounted as {files} by {mounts}"
+        for where, container in pod.containers():
+            mounted = any(mount["name"] == volume["name"] for mount in container.get("volumeMounts") or [])
+            if mounted and container is not reader:
+                yield f"{where}: reads it, too"
 
 
-the_master_key_is_a_file_that_only_the_server_reads.broken_by(
+the_master_key_is_a_file_that_only_server_and_operator_read.broken_by(
     "everybody in the pod may read the key",
     lambda site: put(site.pod.spec, "volumes", 1, "secret", "defaultMode", value=0o444),
 )
-the_master_key_is_a_file_that_only_the_server_reads.broken_by(
+the_master_key_is_a_file_that_only_server_and_operator_read.broken_by(
     "the key is of no group of ours", lambda site: drop(site.pod.spec, "securityContext", "fsGroup")
 )
-the_master_key_is_a_file_that_only_the_server_reads.broken_by(
+the_master_key_is_a_file_that_only_server_and_operator_read.broken_by(
     "the setting names another path",
     lambda site: put(site.config, "IDENTITY_MASTER_KEY_FILE", value="/etc/identity/master.key"),
 )
-the_master_key_is_a_file_that_only_the_server_reads.broken_by(
+the_master_key_is_a_file_that_only_server_and_operator_read.broken_by(
     "what looks at the schema sees the key",
     lambda site: site.schema_check["volumeMounts"].append(dict(site.server["volumeMounts"][1])),
+)
+the_master_key_is_a_file_that_only_server_and_operator_read.broken_by(
+    "an operator's commands find no key", lambda site: drop(site.operator, "volumeMounts", 1)
 )
 
 
 @promise
 def the_migration_has_a_database_role_of_its_own(site: Site) -> Iterator[str]:
     """The server never holds what can change the tables' form, nor the migration what opens tokens."""
-    for where, container in site.pod.containers():
+    for where, container in (*site.pod.containers(), *site.operator_pod.containers()):
         if any(secret == _MIGRATOR for _, secret, _ in _references(container)):
             yield f"{where}: holds the migrator's password"
     if list(_references(site.migrator)) != [("IDENTITY_DATABASE_URL", _MIGRATOR, "url")]:
@@ -125,6 +129,10 @@ the_migration_has_a_database_role_of_its_own.broken_by(
     "the schema is looked at as the migrator",
     lambda site: put(site.schema_check, "env", 0, "valueFrom", "secretKeyRef", "name", value=_MIGRATOR),
 )
+the_migration_has_a_database_role_of_its_own.broken_by(
+    "an operator's commands run as the migrator",
+    lambda site: put(site.operator, "env", 0, "valueFrom", "secretKeyRef", "name", value=_MIGRATOR),
+)
 
 
 @promise
@@ -133,7 +141,11 @@ def each_container_is_told_what_it_connects_to(site: Site) -> Iterator[str]:
     database = ("IDENTITY_DATABASE_URL", "identity-database", "url")
     redis = ("IDENTITY_REDIS_URL", "identity-redis", "url")
     smtp = ("IDENTITY_SMTP_PASSWORD", "identity-smtp", "password")
-    for container, wanted in ((site.schema_check, {database}), (site.server, {database, redis, smtp})):
+    for container, wanted in (
+        (site.schema_check, {database}),
+        (site.server, {database, redis, smtp}),
+        (site.operator, {database}),
+    ):
         if container and set(_references(container)) != wanted:
             yield f"{container.get('name')}: {sorted(_references(container))}"
 
@@ -144,6 +156,10 @@ each_container_is_told_what_it_connects_to.broken_by(
 each_container_is_told_what_it_connects_to.broken_by(
     "what looks at the schema holds the mail server's password",
     lambda site: site.schema_check["env"].append(site.server["env"][2]),
+)
+each_container_is_told_what_it_connects_to.broken_by(
+    "an operator's commands hold the mail server's password",
+    lambda site: site.operator["env"].append(site.server["env"][2]),
 )
 
 
@@ -354,11 +370,11 @@ the_migration_is_told_of_its_database_only.broken_by(
 
 @promise
 def a_changed_setting_is_a_rollout(site: Site) -> Iterator[str]:
-    """The ConfigMap's name carries a digest of its content, and both containers read that very one."""
+    """The ConfigMap's name carries a digest of its content, and every container reads that very one."""
     names = [found["metadata"]["name"] for found in site.all("ConfigMap")]
     if len(names) != 1 or not re.fullmatch(r"identity-service-[a-z0-9]{10}", names[0]):
         yield f"ConfigMaps: {names}"
-    for where, container in site.pod.containers():
+    for where, container in (*site.pod.containers(), *site.operator_pod.containers()):
         read = [dig(source, "configMapRef", "name") for source in container.get("envFrom") or []]
         if read != names:
             yield f"{where}: reads {read}"
@@ -366,7 +382,7 @@ def a_changed_setting_is_a_rollout(site: Site) -> Iterator[str]:
 
 def _rename(site: Site) -> Any:
     put(site.all("ConfigMap")[0], "metadata", "name", value="identity-service")
-    for container in (site.server, site.schema_check):
+    for container in (site.server, site.schema_check, site.operator):
         put(container, "envFrom", 0, "configMapRef", "name", value="identity-service")
 
 
@@ -374,4 +390,8 @@ a_changed_setting_is_a_rollout.broken_by("the ConfigMap has a fixed name", _rena
 a_changed_setting_is_a_rollout.broken_by(
     "the server reads a ConfigMap of before",
     lambda site: put(site.server, "envFrom", 0, "configMapRef", "name", value="identity-service-0000000000"),
+)
+a_changed_setting_is_a_rollout.broken_by(
+    "an operator's commands have settings of before",
+    lambda site: put(site.operator, "envFrom", 0, "configMapRef", "name", value="identity-service-0000000000"),
 )

@@ -1,6 +1,8 @@
 """One machine under systemd: the restrictions of the cluster, in systemd's words."""
 
+import itertools
 import re
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -227,4 +229,50 @@ the_unit_starts_with_its_settings.broken_by(
 )
 the_unit_starts_with_its_settings.broken_by(
     "the unit has the descriptors of a shell", lambda site: drop(_server(site), "LimitNOFILE")
+)
+
+
+# -- an operator's commands -------------------------------------------------------------------------------------------
+
+
+def _command(site: Site) -> tuple[str, dict[str, list[str]]]:
+    """Return the name of the unit that the README runs a command as, and its properties."""
+    found = re.search(r"^systemd-run .*?[^\\]$", site.readme, re.DOTALL | re.MULTILINE)
+    words = shlex.split(found[0].replace("\\\n", " ")) if found else []
+    properties: dict[str, list[str]] = {}
+    for option, assignment in itertools.pairwise(words):
+        if option == "-p":
+            name, _, value = assignment.partition("=")
+            properties.setdefault(name, []).append(value)
+    [unit] = [word.partition("=")[2] for word in words if word.startswith("--unit=")] or [""]
+    return unit, properties
+
+
+@promise
+def a_command_beside_the_unit_is_told_what_the_unit_is_told(site: Site) -> Iterator[str]:
+    """Its settings, and the master key at the place where systemd shows it to a unit of that name."""
+    unit, properties = _command(site)
+    for name in ("DynamicUser", "UMask", "EnvironmentFile", "LoadCredential"):
+        if properties.get(name) != _server(site).get(name):
+            yield f"{name}={properties.get(name)}, the unit has {_server(site).get(name)}"
+    [credential] = properties.get("LoadCredential") or [""]
+    path = f"/run/credentials/{unit}.service/{credential.partition(':')[0]}"
+    if properties.get("Environment") != [f"IDENTITY_MASTER_KEY_FILE={path}"]:
+        yield f"Environment={properties.get('Environment')}, the key is at {path}"
+
+
+def _as_written(site: Site, old: str, new: str) -> None:
+    """Write something else in the README's command. Raises ValueError where the old words are not there."""
+    if old not in site.readme:
+        raise ValueError(f"{old!r} is not written")
+    site.readme = site.readme.replace(old, new)
+
+
+a_command_beside_the_unit_is_told_what_the_unit_is_told.broken_by(
+    "a command looks for the key where another unit has it",
+    lambda site: _as_written(site, "--unit=identity-service-command", "--unit=identity-command"),
+)
+a_command_beside_the_unit_is_told_what_the_unit_is_told.broken_by(
+    "a command has the migrator's settings",
+    lambda site: _as_written(site, "EnvironmentFile=/etc/identity-service/service", "EnvironmentFile=/etc/x/migrate"),
 )
