@@ -171,7 +171,8 @@ def test_a_migration_through_a_pooler_is_refused_in_words(
                 assert "for this command, name PostgreSQL itself" in cli.run(*words).refused()
         with psycopg.connect(plain(url)) as connection:
             assert connection.execute("SELECT to_regclass('alembic_version')").fetchone() == (None,)
-            assert connection.execute("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'").fetchone() == (0,)
+            held = "SELECT count(*) FROM pg_locks JOIN pg_database d ON d.oid = database WHERE locktype = 'advisory'"
+            assert connection.execute(f"{held} AND d.datname = current_database()").fetchone() == (0,)
     finally:
         postgres_server.drop_database(name)
 
