@@ -257,7 +257,7 @@ async def test_ten_thousand_unknown_keys_cost_one_fetch_and_no_memory(issuer: Is
         return sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces([ours]).traces)
 
     await strangers(2000)
-    tracemalloc.start(20)
+    tracemalloc.start(6)
     try:
         await strangers(2000)
         before = remembered()
