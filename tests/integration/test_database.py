@@ -5,6 +5,7 @@ import contextlib
 import gc
 from collections.abc import AsyncIterator
 
+import aiosqlite
 import psycopg
 import pytest
 from sqlalchemy import Integer, select, text
@@ -63,6 +64,32 @@ async def test_a_cancelled_transaction_leaves_no_connection_open(
     gc.collect()
     assert left == []
     assert await all_are_closed(database_url)
+
+
+async def test_who_is_cancelled_while_a_connection_is_given_back_gives_it_back(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server that leaves cancels its jobs at any moment, and nobody shall read of a fault then."""
+    db, begun, rollback = Database(sqlite_url), asyncio.Event(), aiosqlite.Connection.rollback
+
+    async def slow(connection: aiosqlite.Connection) -> None:
+        begun.set()
+        await asyncio.sleep(0.05)
+        await rollback(connection)
+
+    async def look() -> None:
+        async with db.transaction() as tx:
+            await tx.execute(select(1))
+
+    await look()  # the first connection is rolled back when it is opened, too
+    monkeypatch.setattr(aiosqlite.Connection, "rollback", slow)
+    task = asyncio.create_task(look())
+    await begun.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert caplog.messages == []
+    await db.close()
 
 
 async def test_a_start_that_is_refused_leaves_no_connection_open(database_url: str) -> None:

@@ -231,7 +231,8 @@ class Transaction:
             raise await self._broken(failure, committing=True) from failure
         finally:
             closing = self._close(connection, failed)
-            await (closing if error is None else to_its_end(closing))  # an error may be a cancellation
+            # An error may be a cancellation; and SQLite's thread is waited for, where a cancellation can come yet.
+            await (to_its_end(closing) if error is not None or self.on_sqlite else closing)
 
     async def _close(self, connection: AsyncConnection, failed: str | None) -> None:
         """Roll back what was not committed, and give the connection back; watched, as long as that takes."""
