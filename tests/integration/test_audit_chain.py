@@ -414,7 +414,11 @@ async def test_a_value_that_cannot_even_be_read_is_named(trail: Trail) -> None:
 
 
 # Nested as deeply as Python can just read and no longer write, or not even read; and a number longer than it takes.
-BEYOND_US = [*(f"{'[' * depth}{']' * depth}" for depth in range(900, 1000, 5)), "[" * 3_000 + "]" * 3_000, "9" * 5_000]
+BEYOND_US = [
+    *(f"{'[' * depth}{']' * depth}" for depth in range(900, 1000, 5)),
+    "[" * 12_000 + "]" * 12_000,
+    "9" * 5_000,
+]
 
 
 @pytest.mark.case("SEC-06")
