@@ -310,7 +310,11 @@ async def test_of_fifty_who_register_one_address_at_once_one_is_stored(database_
         assert {(answer.status_code, answer.content) for answer in answers} == {(202, answers[0].content)}
         assert len(await stored(service)) == 1
         ordered = [template for template, _ in await mails(service)]
-        assert sorted(ordered) in (["account_exists"] * 2 + ["verify_email"], ["account_exists"] * 3)
+        # Three may tell what is taken. Who is stored has booked one of them as well, and gives it back when stored:
+        # in time for somebody else, or not.
+        told, welcomed = ordered.count("account_exists"), ordered.count("verify_email")
+        assert (told, welcomed) in {(2, 1), (3, 1), (3, 0)}
+        assert len(ordered) == told + welcomed
 
 
 @pytest.mark.case("ACC-21")
