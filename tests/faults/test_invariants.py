@@ -251,5 +251,7 @@ async def test_a_service_with_something_wrong_is_found_out(broken: Stage) -> Non
         await crowd.busy(20)
         await commits_are_cut_off(broken, crowd.ledger)
         await crowd.busy(20)
+        while not any(account.done["user.disabled"] for account in crowd.ledger.accounts):
+            await crowd.busy(5)
         await crowd.stop()
         assert await told_and_stored(broken, crowd) != []
