@@ -279,7 +279,7 @@ async def test_what_a_killed_replica_was_doing_another_does_when_its_lease_has_r
 
         async def holder() -> str | None:
             [(name, ends)] = await hand.execute(held)
-            return name if name is not None and ends > hand.clock.now() + timedelta(seconds=60) else None
+            return name if name is not None and ends > hand.clock.now() + timedelta(seconds=10) else None
 
         async with replicas(hand, way.url, redis_url, number=1, **way.settings) as (victim,):
             async with watcher.transaction():
