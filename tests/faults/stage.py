@@ -64,7 +64,7 @@ class PostOffice:
 
     def __exit__(self, *_: object) -> None:
         self.network.__exit__(None, None, None)
-        self._own.do(self.server.stop())
+        self._own.do(self.server.close())
         self._own.close()
 
 

@@ -39,8 +39,8 @@ def clock() -> UnixClock:
 
 @pytest.fixture
 def verifier(issuer: Issuer, clock: UnixClock) -> TokenVerifier:
-    """A verifier that has fetched nothing yet."""
-    return TokenVerifier(issuer.url, AUDIENCE, clock=clock)
+    """A verifier that has fetched nothing yet, and is in no hurry."""
+    return TokenVerifier(issuer.url, AUDIENCE, timeout=30, clock=clock)
 
 
 @pytest.fixture(params=["database_url", "sqlite_url"], ids=["postgresql", "sqlite"])

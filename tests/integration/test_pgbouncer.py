@@ -15,6 +15,7 @@ from typing import Any
 import httpx2
 import psycopg
 import pytest
+from psycopg.errors import LockNotAvailable
 from sqlalchemy import Integer, text
 from sqlalchemy.engine import make_url
 from structlog.testing import capture_logs
@@ -30,9 +31,11 @@ from tests.support.fault_proxy import FaultProxy
 from tests.support.operators import an_operator
 from tests.support.people import signed_in, with_key
 from tests.support.pgbouncer import PgBouncer, give_defaults
+from tests.support.races import database_errors
 from tests.support.server_process import ServerProcess
 from tests.support.servers import LocalPostgres, PostgresServer, own_postgres
 from tests.support.service import ISSUER, PASSWORD, SIBLING, Service, prepare_keys, running, test_settings
+from tests.support.waiting import until, wait_until
 
 SESSIONS = 2
 """How many sessions the pooler lends; the service has more connections than that."""
@@ -307,8 +310,10 @@ async def test_the_limits_of_the_role_end_what_takes_too_long(pooled: Service, d
     with psycopg.connect(plain(database_url)) as blocker:
         blocker.execute("SELECT 1 FROM refresh_families FOR UPDATE")
         began = time.monotonic()
-        assert (await pooled.refresh(client, token)).status_code == 503
-        assert 1.5 < time.monotonic() - began < 4.5
+        with database_errors() as seen:
+            assert (await pooled.refresh(client, token)).status_code == 503
+        assert seen == [LockNotAvailable.sqlstate], "neither the statement's limit nor the pool's, and asked once"
+        assert time.monotonic() - began > 1.5
     assert (await pooled.refresh(client, token)).status_code == 200
 
 
@@ -373,16 +378,19 @@ async def stuck(database_url: str, asking: Callable[[], Awaitable[Any]]) -> Asyn
 
 async def waiting(watcher: Any, *, other_than: int = 0) -> int:
     """Return the process id of the session that waits for a lock."""
-    for _ in range(300):
+    found: list[int] = []
+
+    async def look() -> bool:
         rows = await watcher.execute(
             "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
             " AND pid <> %s",
             [other_than],
         )
-        if (row := await rows.fetchone()) is not None:
-            return int(row[0])
-        await asyncio.sleep(0.005)
-    pytest.fail("the request should be waiting for the lock")
+        found.extend(row[0] for row in await rows.fetchall())
+        return bool(found)
+
+    await until(look, "the request should be waiting for the lock")
+    return found[0]
 
 
 @pytest.mark.case("OPS-03")
@@ -481,10 +489,15 @@ async def test_who_leaves_in_the_middle_leaves_no_session_in_a_transaction(db: D
             await task
         await asyncio.gather(*(db.run(pid) for _ in range(4)))
     async with await psycopg.AsyncConnection.connect(plain(database_url), autocommit=True) as watcher:
-        rows = await watcher.execute(
-            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state LIKE 'idle in%'"
-        )
-        assert await rows.fetchone() == (0,)
+
+        async def none_is_left() -> bool:
+            rows = await watcher.execute(
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state LIKE 'idle in%'"
+            )
+            return await rows.fetchone() == (0,)
+
+        # A session that the pooler has ended takes a moment to go; PostgreSQL would end one that stays after ten.
+        await until(none_is_left, "a session is left in a transaction", patience=5)
 
 
 # -- PostgreSQL behind it ---------------------------------------------------------------------------------------------
@@ -514,7 +527,7 @@ async def test_a_postgresql_that_goes_behind_the_pooler_is_an_outage_and_no_refu
                 for _ in range(3):
                     assert unavailable(await service.refresh(client, token))
                 postgres.start()
-                deadline = time.monotonic() + 30
+                deadline = time.monotonic() + 60
                 while unavailable(answer := await service.refresh(client, token)):
                     assert time.monotonic() < deadline, "it should be back"
                     await asyncio.sleep(0.1)
@@ -537,21 +550,15 @@ def test_a_server_of_its_own_process_outlives_a_restart_of_the_pooler(
         def ready() -> bool:
             return http.get("/readyz").status_code == 200
 
-        def until(so: Callable[[], bool], what: str) -> None:
-            deadline = time.monotonic() + 30
-            while not so():
-                assert time.monotonic() < deadline, what
-                time.sleep(0.05)
-
         pooler.stop()
-        until(lambda: not ready(), "the probe should have noticed")
+        wait_until(lambda: not ready(), "the probe should have noticed")
         assert http.get("/healthz").status_code == 200
         pooler.start()
-        until(ready, "it should be ready again")
+        wait_until(ready, "it should be ready again")
         sealed = server.log_text().count("audit.sealed")
         with psycopg.connect(plain(database_url), autocommit=True) as connection:
             connection.execute(
                 "INSERT INTO audit_events (at, event, occurrences, detail) VALUES (now(), 'made.up', 1, '{}')"
             )
-        until(lambda: server.log_text().count("audit.sealed") > sealed, "its jobs should go on")
+        wait_until(lambda: server.log_text().count("audit.sealed") > sealed, "its jobs should go on")
         assert server.stop() == 0

@@ -20,6 +20,8 @@ GUESS = Rule("guess", burst=4, interval=10, memory=600)
 SINGLE = Rule("single", burst=1, interval=10, memory=600)
 BROWSE = Rule("browse", burst=1, interval=60, memory=600, kept_without_redis=False)
 
+LONG = 20.0  # seconds that nothing here takes, however busy the machine is
+
 guess, single, browse = (Spend(rule, "alice") for rule in (GUESS, SINGLE, BROWSE))
 
 
@@ -59,7 +61,7 @@ class Harness:
         self.clock = FrozenClock()
         self.monotonic = Stopwatch()
         self.changes: list[bool] = []
-        self.redis = Counting(RedisLimiter(redis_client(url, timeout=2), self.clock, deadline=5))
+        self.redis = Counting(RedisLimiter(redis_client(url, timeout=LONG), self.clock, deadline=LONG))
         self.limiter = FallbackLimiter(self.redis, self.clock, self.changes.append, monotonic=self.monotonic)
 
 
@@ -103,7 +105,7 @@ async def test_a_silent_redis_does_not_make_anybody_hang(blackhole: str) -> None
     with pytest.raises((RedisError, OSError)):
         await limiter.spend([guess])
     await limiter.close()
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < LONG
 
 
 async def test_the_client_by_itself_gives_up_on_a_silent_redis(blackhole: str) -> None:
@@ -112,7 +114,7 @@ async def test_the_client_by_itself_gives_up_on_a_silent_redis(blackhole: str) -
     with pytest.raises((RedisError, OSError)):
         await client.ping()
     await client.aclose()
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < LONG
 
 
 async def test_the_deadline_holds_whatever_the_url_says(blackhole: str) -> None:
@@ -121,22 +123,24 @@ async def test_the_deadline_holds_whatever_the_url_says(blackhole: str) -> None:
     began = time.monotonic()
     with pytest.raises((RedisError, OSError)):
         await limiter.spend([guess])
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < LONG
     await limiter.close()
 
 
 async def test_a_silent_redis_costs_many_calls_no_more_than_one(blackhole: str) -> None:
     """Also more calls than the pool has connections; and afterwards, for a second, no call pays."""
     changes: list[bool] = []
-    clock = FrozenClock()
-    limiter = FallbackLimiter(RedisLimiter(redis_client(blackhole), clock), clock, changes.append)
+    clock, monotonic = FrozenClock(), Stopwatch()
+    asking = Counting(RedisLimiter(redis_client(blackhole), clock))
+    limiter = FallbackLimiter(asking, clock, changes.append, monotonic=monotonic)
     began = time.monotonic()
     answers = await asyncio.gather(*(limiter.spend([guess]) for _ in range(200)))
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < LONG  # one deadline for each would be fifty seconds
     assert answers.count(Allowed()) == 2
-    began = time.monotonic()
+    assert asking.asked == 200
+    monotonic.time += 0.99
     await spend_times(limiter, 20, guess)
-    assert time.monotonic() - began < 2  # one deadline for each would be five seconds
+    assert asking.asked == 200
     assert changes == [True]
     await limiter.close()
 
@@ -251,7 +255,7 @@ async def test_what_redis_keeps_expires_by_itself(harness: Harness, server: Loca
     """Buckets live as long as the rule remembers, marks as long as they stand; refunds prolong nothing."""
     await harness.limiter.spend([guess])
     await harness.limiter.spend([guess])
-    async with redis_client(server.url, timeout=5) as client:
+    async with redis_client(server.url, timeout=LONG) as client:
         assert 500_000 < await client.pttl("identity:limit:bucket:guess:alice") <= 600_000
         await client.pexpire("identity:limit:bucket:guess:alice", 300_000)
         await harness.limiter.settle(refund=[guess], mark=["known-network"], mark_for=60)
@@ -263,7 +267,7 @@ async def test_what_redis_keeps_expires_by_itself(harness: Harness, server: Loca
 
 async def test_cancelled_calls_leave_the_pool_whole(harness: Harness, server: LocalRedis) -> None:
     """Whoever takes a connection next gets the answer to their own question, and no connection is lost."""
-    client = redis_client(server.url, timeout=5)
+    client = redis_client(server.url, timeout=LONG)
     pool = client.connection_pool
     pool.max_connections = 4
 
@@ -277,7 +281,7 @@ async def test_cancelled_calls_leave_the_pool_whole(harness: Harness, server: Lo
                 tasks.start_soon(ask, start + number, 0.0002 * number)
     async with anyio.create_task_group() as tasks:
         for number in range(40):
-            tasks.start_soon(ask, number, 5)
+            tasks.start_soon(ask, number, LONG)
     assert sum(count for count, _ in pool.get_connection_count()) <= 4
     assert pool.get_connection_count()[1][0] == 0
     await client.aclose()

@@ -46,7 +46,7 @@ def run(document: str, *lines: str, issuer: str) -> dict[str, Any]:
 def get_token(server: ServerProcess, client: Registered, **form: str) -> str:
     """Return an access token of the client's own, for the sibling unless `form` says otherwise."""
     body = {"grant_type": "client_credentials", **form}
-    answer = httpx2.post(f"{server.url}/token", data=body, auth=client.auth)
+    answer = httpx2.post(f"{server.url}/token", data=body, auth=client.auth, timeout=30)
     text: str = answer.raise_for_status().json()["access_token"]
     return text
 

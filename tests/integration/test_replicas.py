@@ -224,7 +224,8 @@ async def test_what_ends_at_one_replica_has_ended_at_the_other_within_a_second(p
 
 def runs_of(replica: Replica, event: str) -> list[dict[str, Any]]:
     """Return what a server has logged under this name."""
-    lines = [json.loads(line) for line in replica.server.log_text().splitlines()]
+    written = replica.server.log_text().splitlines(keepends=True)
+    lines = [json.loads(line) for line in written if line.endswith("\n")]  # the last one may not be whole yet
     return [line for line in lines if line["event"] == event]
 
 
@@ -278,7 +279,7 @@ async def test_what_a_killed_replica_was_doing_another_does_when_its_lease_has_r
 
         async def holder() -> str | None:
             [(name, ends)] = await hand.execute(held)
-            return name if name is not None and ends > hand.clock.now() + timedelta(seconds=60) else None
+            return name if name is not None and ends > hand.clock.now() + timedelta(seconds=10) else None
 
         async with replicas(hand, way.url, redis_url, number=1, **way.settings) as (victim,):
             async with watcher.transaction():
@@ -302,7 +303,12 @@ async def test_what_a_killed_replica_was_doing_another_does_when_its_lease_has_r
                 await asyncio.sleep(6)  # more than lies between two turns at the job
                 assert await holder() == dead, "the lease stands"
                 assert runs_of(heir, "audit.sealed") == []
-                assert await sessions("state LIKE 'idle in%' AND lasting > interval '1 s'") == 0
+
+                async def nobody_lives_on() -> bool:
+                    return await sessions("state LIKE 'idle in%' AND lasting > interval '1 s'") == 0
+
+                # A machine that stands still makes one of the living look like that, but not for long.
+                await until(nobody_lives_on, "a session of the dead one lives on", patience=3)
 
                 await hand.execute(update(leases).where(leases.c.name == "audit_seal").values(until=hand.clock.now()))
 

@@ -21,6 +21,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from tests.support import servers
 from tests.support.addresses import plain
 from tests.support.servers import DURABLE, LocalPostgres, LocalRedis, PostgresServer, RedisServer
+from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -176,11 +177,15 @@ def test_a_killed_run_leaves_no_server_behind():
         assert [port_is_open(port) for port in ports] == [True, True]
         run.send_signal(signal.SIGKILL)
 
-    deadline = time.monotonic() + 10
+    def is_gone(folder: str) -> bool:
+        shutil.rmtree(folder, ignore_errors=True)
+        return not Path(folder).exists()
+
+    deadline = time.monotonic() + 30
     while any(map(port_is_open, ports)) and time.monotonic() < deadline:
         time.sleep(0.01)
-    for _, folder in started:  # a process that was killed cannot tidy up
-        shutil.rmtree(folder)
+    for _, folder in started:  # a process that was killed cannot tidy up, and its children may be at it a moment longer
+        wait_until(lambda folder=folder: is_gone(folder), f"{folder} stays")
     if sys.platform == "linux":  # no other system tells a child that its parent died
         assert [port_is_open(port) for port in ports] == [False, False]
 

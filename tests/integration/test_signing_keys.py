@@ -2,11 +2,13 @@
 
 import asyncio
 import base64
+import functools
 import itertools
 import json
 import logging
 import os
 import secrets
+import unittest.mock
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -21,7 +23,7 @@ from cryptography.hazmat.primitives import serialization
 from sqlalchemy import func, insert, select, update
 
 from identity_service.infra.data_keys import PURPOSES
-from identity_service.infra.database import Transaction
+from identity_service.infra.database import Database, Transaction
 from identity_service.infra.migrate import migrate
 from identity_service.infra.runtime.envelope import MasterKeyError, MasterKeys, new_master_key
 from identity_service.infra.tables import data_keys, signing_keys
@@ -33,6 +35,7 @@ from tests.support.clock import FrozenClock
 from tests.support.servers import PostgresServer
 from tests.support.service import MASTER_KEY, running, test_settings
 from tests.support.tokens import compact, parts_of
+from tests.support.waiting import until
 
 SECOND, MINUTE, HOUR, DAY = (timedelta(seconds=seconds) for seconds in (1, 60, 3600, 86400))
 CACHE = timedelta(seconds=900)  # what a cache may hold of the JWKS
@@ -64,8 +67,16 @@ def keyless_url(postgres_server: PostgresServer, keyless_template: str) -> Itera
 async def replica(
     url: str, clock: FrozenClock | None = None, *, load: bool = True, **changes: Any
 ) -> AsyncIterator[Services]:
-    """Build a replica's objects, without its background jobs: the test takes every step by itself."""
-    services = build_services(test_settings(url, **changes), clock=clock or FrozenClock())
+    """
+    Build a replica's objects, without its background jobs: the test takes every step by itself.
+
+    It waits longer than in production for a lock that the test holds until everybody is there: a busy machine may take
+    its time with that.
+    """
+    waits = {"lock_timeout": "60000", "statement_timeout": "60000", "idle_in_transaction_session_timeout": "60000"}
+    patient = functools.partial(Database, options=waits, pool_timeout=60, patience=90)
+    with unittest.mock.patch("identity_service.main.services.Database", patient):
+        services = build_services(test_settings(url, **changes), clock=clock or FrozenClock())
     try:
         if load:
             await load_keys(services)
@@ -140,15 +151,6 @@ async def count(services: Services, table: Any) -> int:
 async def write(services: Services, statement: Any) -> None:
     async with services.db.transaction() as tx:
         await tx.execute(statement)
-
-
-async def until(condition: Callable[[], Awaitable[bool]], what: str) -> None:
-    """Wait, shorter than the service waits for a lock, until something is so."""
-    for _ in range(300):
-        if await condition():
-            return
-        await asyncio.sleep(0.005)
-    pytest.fail(what)
 
 
 @asynccontextmanager

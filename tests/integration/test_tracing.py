@@ -283,7 +283,7 @@ def test_no_secret_reaches_the_collector(database_url: str, redis_url: str) -> N
     with a_collector() as (endpoint, bodies):
         traces = {"traces_endpoint": endpoint, "traces_ratio": "1"}
         with ServerProcess(database_url, redis_url, issuer=ISSUER, log_level="DEBUG", **traces) as server:
-            with httpx2.Client(base_url=server.url, timeout=10) as http:
+            with httpx2.Client(base_url=server.url, timeout=30) as http:
                 canaries: Canaries = drive(http, client_id, secret)
             assert server.stop() == 0
             canaries.absent_from(server.log_text(), "the log")
@@ -309,7 +309,7 @@ def test_a_collector_that_fails_holds_up_neither_the_service_nor_its_end(databas
         port = listener.getsockname()[1] if silent else free_port()
         nowhere = {"traces_endpoint": f"http://127.0.0.1:{port}/v1/traces", "traces_ratio": "1"}
         with ServerProcess(database_url, **nowhere) as server:
-            with httpx2.Client(base_url=server.url, timeout=10) as http:
+            with httpx2.Client(base_url=server.url, timeout=30) as http:
                 for _ in range(50):
                     assert http.get("/.well-known/jwks.json").status_code == 200
             assert server.stop() == 0

@@ -12,7 +12,7 @@ from typing import final
 _SIZE = mmap.PAGESIZE
 _TICK = 0.004  # real seconds
 _LONGEST_TICK = 0.02  # real seconds: a driver that was kept from running does not make time jump
-_PATIENCE = 20.0  # real seconds that time may stand still before the run is given up
+_PATIENCE = 60.0  # real seconds that time may stand still before the run is given up
 
 
 class ProofFailed(Exception):
@@ -148,7 +148,7 @@ class Time:
                 raise ProofFailed(f"a replica has not polled, or not answered, for {_PATIENCE:.0f} s")
 
 
-async def until(condition: Callable[[], bool], what: str, patience: float = 10.0) -> None:
+async def until(condition: Callable[[], bool], what: str, patience: float = 30.0) -> None:
     """Wait until `condition` holds, at most `patience` real seconds; raises ProofFailed with `what` did not happen."""
     deadline = time.monotonic() + patience
     while not condition():

@@ -25,7 +25,7 @@ from tests.rotation.replica import LEAD
 _CONDUCTOR: Final = Actor("conductor")
 _EARLY: Final = 60.0
 """Seconds before the instant of a rotation when the lock is taken that holds the replicas up."""
-PROMISE: Final = 5.0
+PROMISE: Final = 15.0
 """Real seconds within which every replica must have polled after a compromise, be the machine as busy as it may."""
 
 # A session is in a step while it has touched the schedule's lock and waits for something: for that lock, before it has
@@ -138,7 +138,7 @@ class Conductor:
 
     async def _in_step(self, watcher: psycopg.AsyncConnection, *, writing: bool, number: int) -> list[str]:
         """Wait until `number` replicas wait in the middle of a step; return their names."""
-        deadline = real.monotonic() + 10
+        deadline = real.monotonic() + 30
         while len(names := await self._waiting_names(watcher, writing=writing)) < number:
             if real.monotonic() > deadline:
                 raise ProofFailed(f"of the replicas only {names} waited in the middle of a step")
@@ -215,7 +215,7 @@ class Conductor:
             return set((await tx.execute(select(signing_keys.c.kid))).scalars())
 
     async def _until_stored(self, number: int) -> None:
-        deadline = real.monotonic() + 10
+        deadline = real.monotonic() + 30
         while len(await self._stored()) < number:
             if real.monotonic() > deadline:
                 raise ProofFailed("nobody took the step that was owed")

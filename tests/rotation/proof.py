@@ -206,7 +206,7 @@ async def prove(database_url: str, plan: Plan, tell: Callable[[str], None] = lam
     began = real.monotonic()
     async with Stage.set_up(database_url, plan.speed) as stage:
         first = stage.time.now
-        async with httpx2.AsyncClient(timeout=15, trust_env=False) as http:
+        async with httpx2.AsyncClient(timeout=60, trust_env=False) as http:
             await _run(stage, plan, record, http, tell)
         async with stage.services.db.transaction() as tx:
             rows = await tx.execute(select(signing_keys.c.kid, signing_keys.c.published_at))

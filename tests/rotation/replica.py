@@ -62,6 +62,7 @@ def settings_of(database_url: str, issuer: str) -> Settings:
         signing_key_lead=LEAD,
         signing_key_period=PERIOD,
         key_poll=POLL,
+        hash_wait=30,
     )
 
 

@@ -108,6 +108,8 @@ class Balancer:
         self._server.close()
         for name in tuple(self._backends):
             await self._forget(name)
+        for _ in range(5):  # who was accepted a moment ago becomes a connection in the loop's next turns
+            await asyncio.sleep(0)
         for writer in tuple(self._open):
             writer.transport.abort()
         for task in tuple(self._connections):

@@ -212,6 +212,8 @@ class FaultProxy:
         await self._stop_listening()
         if self._listener is not None:
             self._listener.close()
+        for _ in range(5):  # who was accepted a moment ago becomes a connection in the loop's next turns
+            await asyncio.sleep(0)
         await self._reset_all()
 
     async def _reset_all(self) -> None:

@@ -36,9 +36,17 @@ _LONGEST_HANG = 60.0  # seconds; a test that forgets to close its issuer still e
 
 
 @functools.cache
+def _made_once(_name: str) -> rsa.RSAPrivateKey:
+    return rsa.generate_private_key(public_exponent=65537, key_size=2048)
+
+
+_making = threading.Lock()
+
+
 def private_key(name: str) -> rsa.RSAPrivateKey:
     """Return the key of that name, the same one in the whole run, because making one takes long."""
-    return rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    with _making:  # a cache alone lets a test and an issuer that ask at once have a key each
+        return _made_once(name)
 
 
 def public_jwk(name: str, **members: Any) -> dict[str, Any]:
@@ -143,7 +151,11 @@ class Issuer:
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._server: _Server | None = None
-        self._listen(0)
+        self._place = socket.socket()  # never listens, and keeps the port while nobody else does
+        self._place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        self._place.bind(("127.0.0.1", 0))
+        self.port: int = self._place.getsockname()[1]
+        self._listen()
 
     # -- who it is ------------------------------------------------------------------------------------------------
 
@@ -213,13 +225,14 @@ class Issuer:
 
     def come_back(self) -> None:
         """Listen again at the same address."""
-        self._listen(self.port)
+        self._listen()
 
     def close(self) -> None:
         """End everything."""
         for event in (self._closed, self._may_answer, self._told):
             event.set()
         self.go_down()
+        self._place.close()
 
     def __enter__(self) -> Self:
         return self
@@ -247,9 +260,8 @@ class Issuer:
 
     # -- at work --------------------------------------------------------------------------------------------------
 
-    def _listen(self, port: int) -> None:
-        self._server = _Server(self, port)
-        self.port: int = self._server.server_address[1]
+    def _listen(self) -> None:
+        self._server = _Server(self, self.port)
         threading.Thread(target=self._server.serve_forever, args=(0.01,), name="issuer", daemon=True).start()
 
     def _handle(self, request: "_Request") -> None:
@@ -318,7 +330,10 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, issuer: Issuer, port: int) -> None:
         self.issuer = issuer
-        super().__init__(("127.0.0.1", port), _Request)
+        super().__init__(("127.0.0.1", port), _Request, bind_and_activate=False)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        self.server_bind()
+        self.server_activate()
 
 
 class _Request(BaseHTTPRequestHandler):

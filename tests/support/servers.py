@@ -70,8 +70,9 @@ OLDEST_REDIS = (7, 0)
 # Nothing is kept on disk; one logical database for each parallel worker, with room.
 _REDIS_OPTIONS = ("--save", "", "--appendonly", "no", "--databases", "64")
 
-_START_DEADLINE = 30.0
-_STOP_DEADLINE = 15.0
+_START_DEADLINE = 90.0
+_STOP_DEADLINE = 60.0
+_CONNECT_DEADLINE = 30
 _POLL = 0.01
 
 
@@ -145,7 +146,7 @@ class PostgresServer:
 
     def _connect(self) -> psycopg.Connection:
         address = plain(self.url)
-        return psycopg.connect(address, autocommit=True, connect_timeout=5)
+        return psycopg.connect(address, autocommit=True, connect_timeout=_CONNECT_DEADLINE)
 
 
 class RedisServer:
@@ -186,12 +187,12 @@ class RedisServer:
 
     def _connect(self) -> redis.Redis:
         # The library's own retries would hide a server that is down for as long as they last.
-        return redis.Redis.from_url(self.url, socket_timeout=5, retry=Retry(NoBackoff(), 0))
+        return redis.Redis.from_url(self.url, socket_timeout=_CONNECT_DEADLINE, retry=Retry(NoBackoff(), 0))
 
 
 def _settle(url: URL) -> None:
     address = plain(url)
-    with psycopg.connect(address, autocommit=True, connect_timeout=5) as connection:
+    with psycopg.connect(address, autocommit=True, connect_timeout=_CONNECT_DEADLINE) as connection:
         row = connection.execute("SELECT to_regclass('installation')").fetchone()
         if row is not None and row[0] is not None:
             connection.execute(
@@ -700,17 +701,29 @@ def _environment(program: Path) -> dict[str, str]:
     return environment
 
 
+_PORTS = range(20_000, 32_000)
+_handed_out: set[int] = set()
+
+
 def free_port() -> int:
     """
     Return a free port of 127.0.0.1 below the range from which the kernel gives ports to outgoing connections.
 
     While a server is stopped its port must stay free for it, and a client that keeps knocking at a port of that range
-    can even end up connected to itself.
+    can even end up connected to itself. A server takes its port a second or two after it was found free: so parallel
+    workers look in different places, and none looks at one port twice.
     """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw") or 0)
+    workers = max(int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")), worker + 1)
+    places = len(_PORTS) // workers
+    if len(_handed_out) > places // 2:
+        _handed_out.clear()
     while True:
-        port = 20_000 + secrets.randbelow(12_000)
+        port = _PORTS[worker * places + secrets.randbelow(places)]
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             with contextlib.suppress(OSError):
                 probe.bind(("127.0.0.1", port))
-                return port
+                if port not in _handed_out:
+                    _handed_out.add(port)
+                    return port

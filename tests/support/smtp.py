@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import ipaddress
+import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -165,6 +166,7 @@ class SmtpServer:
     tls: ssl.SSLContext | None = None
     implicit: bool = False
     _listener: asyncio.Server | None = None
+    _place: socket.socket | None = None
 
     async def start(self) -> None:
         """Listen; at the same port as before, if it listened before."""
@@ -173,10 +175,14 @@ class SmtpServer:
         def session() -> _Session:
             return _Session(self, self, tls=None if self.implicit else self.tls, implicit=self.implicit)
 
+        if self._place is None:
+            self._place = socket.socket()  # never listens, and keeps the port while nobody else does
+            self._place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            self._place.bind((HOST, self.port))
+            self.port = self._place.getsockname()[1]
         self._listener = await loop.create_server(
-            session, HOST, self.port, ssl=self.tls if self.implicit else None, reuse_address=True
+            session, HOST, self.port, ssl=self.tls if self.implicit else None, reuse_address=True, reuse_port=True
         )
-        self.port = self._listener.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
         """Listen no more and break off every connection."""
@@ -191,6 +197,12 @@ class SmtpServer:
         await asyncio.gather(*self.tasks, return_exceptions=True)
         self.connections.clear()
         self.tasks.clear()
+
+    async def close(self) -> None:
+        """Stop, if it still listens, and give the port back."""
+        await self.stop()
+        if self._place is not None:
+            self._place.close()
 
     async def holds(self, messages: int) -> None:
         """Return once so many messages wait for the gate."""
@@ -243,7 +255,7 @@ async def smtp_server(
     try:
         yield server
     finally:
-        await server.stop()
+        await server.close()
 
 
 @asynccontextmanager
