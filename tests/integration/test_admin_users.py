@@ -18,6 +18,7 @@ from identity_service.infra.tables import audit_events, roles, users
 from tests.support.operators import EVERY_SCOPE, Operator, an_operator
 from tests.support.people import an_app, link, mails, signed_in, with_key
 from tests.support.service import PASSWORD, Service, running, test_settings
+from tests.support.waiting import until
 
 MIKA = {"username": "mika", "email": "Mika@example.org"}
 
@@ -552,11 +553,8 @@ async def test_ten_who_ask_at_once_are_counted_for_once(boss: Operator) -> None:
     with patch.object(type(people), "counts", lambda _self, tx: slowly(tx)):
         asking = [asyncio.create_task(boss("GET", "/stats")) for _ in range(10)]
         await counting.wait()
-        for _ in range(100):
-            if boss.service.services.db.engine.pool.checkedout() == 1:  # type: ignore[attr-defined]
-                break
-            await asyncio.sleep(0.01)
-        assert boss.service.services.db.engine.pool.checkedout() == 1  # type: ignore[attr-defined]
+        pool: Any = boss.service.services.db.engine.pool
+        await until(lambda: pool.checkedout() == 1, "those who wait hold connections")
         go_on.set()
         answers = await asyncio.gather(*asking)
     assert [answer.status_code for answer in answers] == [200] * 10

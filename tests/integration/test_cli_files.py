@@ -15,7 +15,7 @@ from sqlalchemy import text
 
 from identity_service.cli.common import Refused
 from identity_service.cli.files import whole_file
-from tests.support.commands import PROGRAM, Cli
+from tests.support.commands import PATIENT_PROGRAM, Cli
 from tests.support.races import held, waiting
 from tests.support.service import Service
 
@@ -36,7 +36,7 @@ def out(tmp_path: Path) -> Path:
 def exporting(cli: Cli, command: str, output: Path, *more: str) -> Iterator["subprocess.Popen[str]"]:
     """Run an export, which is over when the block is left."""
     with subprocess.Popen(
-        [*PROGRAM, command, "export", "--output", str(output), *more],
+        [*PATIENT_PROGRAM, command, "export", "--output", str(output), *more],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -149,7 +149,7 @@ def test_mails_are_encrypted_on_the_event_loop_that_servers_run_on(
 
     with ThreadPoolExecutor(1) as threads:
         serving = threads.submit(asyncio.run, serve())
-        server = started.result(10)
+        server = started.result(60)
         good = mailer_for(server, security, username="mailer", password=Secret(PASSWORD))
         elsewhere = SmtpMailer(
             host="localhost", port=server.port, security=security
@@ -161,7 +161,7 @@ def test_mails_are_encrypted_on_the_event_loop_that_servers_run_on(
                     runner.run(elsewhere.send(a_message()))
         finally:
             done.set()
-        serving.result(10)
+        serving.result(60)
     (mail,) = server.received
     assert (mail.user, mail.encrypted) == ("mailer", True)
 

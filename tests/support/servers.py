@@ -499,7 +499,7 @@ def _docker_answers() -> bool:
 def _version(program: Path) -> tuple[int, int]:
     # A program that cannot say its version is too old to be of use.
     try:
-        said = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=10, check=True).stdout
+        said = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return (0, 0)
     found = re.search(r"(\d+)(?:\.(\d+))?", said)

@@ -221,8 +221,10 @@ class SmtpServer:
         """Keep a message, unless told otherwise."""
         if self.behaviour.gate is not None:
             self.holding += 1
-            await self.behaviour.gate.wait()
-            self.holding -= 1
+            try:
+                await self.behaviour.gate.wait()
+            finally:  # or whoever gave up would be counted for ever
+                self.holding -= 1
         if self.behaviour.data_reply is not None:
             return self.behaviour.data_reply
         login = session.auth_data.login.decode() if session.authenticated else None

@@ -15,7 +15,7 @@ from identity_service.infra.database import Database, Transaction
 from identity_service.infra.runtime.envelope import MasterKeys
 from identity_service.infra.tables import audit_events
 from tests.support.clock import FrozenClock
-from tests.support.service import MASTER_KEY
+from tests.support.service import MASTER_KEY, patient_database
 
 Answer = TypeVar("Answer")
 
@@ -98,7 +98,8 @@ class Trail:
 async def opened_trail(url: str, **options: str) -> AsyncIterator[Trail]:
     """Yield the trail of a database that holds the keys of the tests' master key."""
     clock = FrozenClock()
-    db, keys = Database(url, options=options), DataKeys(MasterKeys.parse(MASTER_KEY), clock)
+    db = patient_database(url, options=options)
+    keys = DataKeys(MasterKeys.parse(MASTER_KEY), clock)
     try:
         await db.run(keys.load)
         if not db.on_sqlite:  # whose template has seen rows, which are gone
