@@ -297,7 +297,7 @@ def test_what_cannot_be_recorded_does_not_happen(lively_url: str, backups: Backu
             "ALTER TABLE audit_events ADD CONSTRAINT planted CHECK (event <> 'database.restored') NOT VALID"
         )
     done = subprocess.run(
-        [*PROGRAM, "after-restore"], env=place.cli.environment(), capture_output=True, check=False, timeout=60
+        [*PROGRAM, "after-restore"], env=place.cli.environment(), capture_output=True, check=False, timeout=300
     )
     assert done.returncode != 0
     assert asyncio.run(everything(place.url)) == before

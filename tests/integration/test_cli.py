@@ -59,7 +59,7 @@ def test_every_command_explains_itself() -> None:
 def test_the_program_is_installed() -> None:
     """The name on the command line is `identity-service`; without a word it shows what there is."""
     program = Path(sys.executable).with_name("identity-service")
-    done = subprocess.run([program], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([program], capture_output=True, text=True, check=False, timeout=300)
     assert "Usage: identity-service" in done.stdout + done.stderr
     assert "rotate" not in done.stdout
 

@@ -301,7 +301,7 @@ def test_a_person_who_waits_sees_how_far_it_is(cli: Cli, folder: Path) -> None:
             stdout=subprocess.PIPE,
             stderr=theirs,
             check=True,
-            timeout=120,
+            timeout=300,
         )
         seen = b""
         while shown not in seen:  # what was written passes through the kernel in its own time

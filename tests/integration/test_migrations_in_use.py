@@ -402,7 +402,7 @@ def test_an_index_that_was_interrupted_is_built_anew(url: str) -> None:
     with holding(url, "UPDATE users SET updated_at = now() WHERE id = (SELECT min(id::text)::uuid FROM users)"):
         migration = start(lambda: migrate(url))
         ask(url, f"SELECT pg_terminate_backend({until_it_waits(url)})")
-        migration.thread.join(60)
+        migration.thread.join(120)
         assert len(migration.failures) == 1
     assert ask(url, invalid) == [("ix_users_role_id",)]
     assert ask(url, "SELECT version_num FROM alembic_version") == [("0003",)]

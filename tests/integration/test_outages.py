@@ -490,7 +490,7 @@ class Remote:
     def __init__(self, server: ServerProcess, client: Registered) -> None:
         self.server = server
         self.client = client
-        self.http = httpx2.AsyncClient(base_url=server.url, timeout=10)
+        self.http = httpx2.AsyncClient(base_url=server.url, timeout=60)
 
     async def token(self, *, key: str | None = None, **form: str) -> httpx2.Response:
         headers = {"idempotency-key": key} if key else {}

@@ -58,5 +58,5 @@ def migrating_at_once(program: str, *words: str, number: int) -> list[tuple[int,
         assert process.stdin is not None
         process.stdin.write("\n")
         process.stdin.flush()
-    complaints = [process.communicate(timeout=120)[1] for process in processes]
+    complaints = [process.communicate(timeout=300)[1] for process in processes]
     return [(process.returncode, complaint) for process, complaint in zip(processes, complaints, strict=True)]

@@ -247,7 +247,7 @@ class LocalPostgres(PostgresServer):
         """
         path = self._programs / program
         done = subprocess.run(
-            [path, *arguments], env=_environment(path), capture_output=True, text=True, timeout=120, check=False
+            [path, *arguments], env=_environment(path), capture_output=True, text=True, timeout=300, check=False
         )
         if done.returncode:
             raise RuntimeError(f"{program} failed: {done.stderr}")
