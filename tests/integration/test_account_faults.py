@@ -605,7 +605,7 @@ async def test_the_mails_of_a_killed_server_are_sent_by_another(database_url: st
                     body = {"token": link_in(smtp, f"{name}@example.org")}
                     assert (await heir("POST", "/email-verification/confirm", body)).status_code == 204
     finally:
-        await smtp.stop()
+        await smtp.close()
 
 
 @pytest.fixture
