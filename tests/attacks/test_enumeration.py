@@ -18,6 +18,7 @@ from tests.support.hashing import watch_verifications
 from tests.support.people import link
 from tests.support.refusals import refusal
 from tests.support.service import PASSWORD, Registered, Service, running, test_settings
+from tests.support.waiting import until
 
 DELAY = 0.15
 IMPORTED = bcrypt.hashpw(b"the password of another system", bcrypt.gensalt(4)).decode()
@@ -154,11 +155,8 @@ async def test_the_refusal_is_committed_before_the_delay(sqlite_url: str) -> Non
     async with running(test_settings(sqlite_url, refusal_delay=5)) as service:
         client = await service.a_client()
         waiting = asyncio.create_task(sign_in(service, client, "nobody", PASSWORD))
-        for _ in range(500):
-            if rows := await service.events("sign_in.failed"):
-                break
-            await asyncio.sleep(0.01)
-        assert len(rows) == 1
+        await until(lambda: service.events("sign_in.failed"), "nothing is committed")
+        assert len(await service.events("sign_in.failed")) == 1
         assert not waiting.done()
         waiting.cancel()
         await asyncio.wait([waiting])
@@ -310,11 +308,8 @@ async def test_what_was_ordered_is_committed_before_the_delay(sqlite_url: str) -
     async with running(private(sqlite_url, refusal_delay=5)) as service:
         await service.a_user("known")
         waiting = asyncio.create_task(ask(service, "/v1/password-reset", "known"))
-        for _ in range(500):
-            if rows := await service.execute(select(outbox)):
-                break
-            await asyncio.sleep(0.01)
-        assert len(rows) == 1
+        await until(lambda: service.execute(select(outbox)), "nothing is committed")
+        assert len(await service.execute(select(outbox))) == 1
         assert not waiting.done()
         waiting.cancel()
         await asyncio.wait([waiting])

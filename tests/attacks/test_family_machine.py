@@ -91,6 +91,11 @@ def chosen(among: Sequence[Any], pick: int) -> Any:
     return among[-1 - pick % len(among)]
 
 
+def to_the_millisecond(seconds: float) -> float:
+    """Return seconds without what adding them up has added; the service counts whole microseconds."""
+    return round(seconds, 3)
+
+
 def lives(world: World, row: Row) -> bool:
     """Whether the family's current token would be good."""
     return not world.ended(row) and world.now < row.idle_end and world.now < row.absolute_end
@@ -101,7 +106,7 @@ def judged(world: World, family: Modelled, token: str, key: str | None, *, ours:
     row = family.row
     generation = family.generations[token]
     ended = world.now >= row.idle_end or world.now >= row.absolute_end
-    elapsed = max(0.0, world.now - row.rotated_at)
+    elapsed = max(0.0, to_the_millisecond(world.now - row.rotated_at))
     permitted = (key is not None and key == row.key) or (world.window > 0 and elapsed < world.window)
     unseen = generation > row.generation or (generation == row.generation and token != row.current)
     if row.revoked:
@@ -186,8 +191,8 @@ class FamilyMachine(RuleBasedStateMachine):
             parent=None,
             key=None,
             rotated_at=now,
-            idle_end=now + IDLE,
-            absolute_end=now + ABSOLUTE,
+            idle_end=to_the_millisecond(now + IDLE),
+            absolute_end=to_the_millisecond(now + ABSOLUTE),
             user_epoch=self.world.user_epoch,
             client_epoch=self.world.client_epoch,
         )
@@ -265,7 +270,7 @@ class FamilyMachine(RuleBasedStateMachine):
                 parent=token,
                 key=key,
                 rotated_at=now,
-                idle_end=min(now + IDLE, row.absolute_end),
+                idle_end=min(to_the_millisecond(now + IDLE), row.absolute_end),
             )
             family.generations[successor] = row.generation + 1
         elif verdict == "retried":
@@ -327,7 +332,7 @@ class FamilyMachine(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from((1, 4, 9.999, 10, 1, 4, 50, IDLE - 1, IDLE, -3)))
     def time_passes(self, seconds: float) -> None:
         self.service.clock.advance(seconds)
-        self.world.now += seconds
+        self.world.now = to_the_millisecond(self.world.now + seconds)
 
     # -- what is true after each step -----------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from sqlalchemy import text
 from tests.support.asking import WireAnswer
 from tests.support.refusals import CODES, written
 from tests.support.service import ISSUER, PASSWORD, SIBLING, Registered, Service
+from tests.support.waiting import until
 from tests.support.wire import FORM, send
 
 SEED = 20260101
@@ -272,7 +273,11 @@ async def test_no_request_at_all_is_answered_with_a_fault(service: Service) -> N
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
         " AND pid <> pg_backend_pid() AND state LIKE 'idle in transaction%'"
     )
-    assert (await service.execute(hanging))[0][0] == 0
+
+    async def none_hangs() -> bool:
+        return (await service.execute(hanging))[0][0] == 0
+
+    await until(none_hangs, "a connection is left in a transaction")
     service.clock.advance(3600)
     before = await written(service)
     assert await service.sign_in(clients[0], user)

@@ -22,7 +22,7 @@ HOST = b"Host: 127.0.0.1\r\n"
 FORM = b"Content-Type: application/x-www-form-urlencoded\r\n"
 CLOSE = b"Connection: close\r\n"
 HIDDEN = b"GET /healthz HTTP/1.1\r\n" + HOST + CLOSE + b"\r\n"
-_TIMEOUT = 10.0
+_TIMEOUT = 30.0
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ async def refused(mika: Person, body: bytes, headers: dict[str, str] = JSON) -> 
     """Return the refusal of a body, which came soon, repeats nothing and changed nothing."""
     began = time.perf_counter()
     answer = await patch(mika, body, headers)
-    assert time.perf_counter() - began < 5  # the listed attacks take minutes where they work
+    assert time.perf_counter() - began < 30  # the listed attacks take minutes where they work
     assert answer.headers["content-type"] == "application/problem+json"
     assert MARK not in answer.text
     assert (await mika("GET")).json()["name"] is None

@@ -22,7 +22,8 @@ from identity_service.infra.runtime import Secret
 from identity_service.infra.tables import clients, refresh_families, users
 from tests.support.races import HeldTransaction, blocked, database_errors, held, loaded
 from tests.support.reading import refused
-from tests.support.service import ISSUER, PASSWORD, Registered, Service
+from tests.support.service import ISSUER, PASSWORD, Registered, Service, running, test_settings
+from tests.support.waiting import until
 
 KEY = "one-key-one-rotation"
 NEW_PASSWORD = "another good password"
@@ -412,7 +413,7 @@ async def checked_but_not_signed_in(
 
     monkeypatch.setattr(hasher, "verify", stopping)
     task = asyncio.ensure_future(password_grant(service, client, user))
-    await asyncio.wait_for(reached.wait(), 5)
+    await until(reached.is_set, "no password is looked at")
     try:
         yield task
     finally:
@@ -561,7 +562,7 @@ async def test_a_refresh_waits_for_nobody_but_its_own_family(service: Service) -
         await somebody.tx.execute(
             select(refresh_families.c.id).where(refresh_families.c.id != mine.family_id).with_for_update()
         )
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(20):  # who waits for one of these locks waits for longer
             second = await service.refresh(client, token, key=KEY)
             retry = await service.refresh(client, token, key=KEY)
             replay = await service.refresh(client, token)
@@ -572,15 +573,16 @@ async def test_a_refresh_waits_for_nobody_but_its_own_family(service: Service) -
         assert (await stuck).status_code == 200
 
 
-async def test_a_refresh_that_waits_too_long_is_told_to_come_back(service: Service) -> None:
+async def test_a_refresh_that_waits_too_long_is_told_to_come_back(database_url: str) -> None:
     """Never that its token is bad: it would throw a good one away."""
-    client, _, token = await signed_in(service)
-    async with held(service) as somebody:
-        await somebody.tx.execute(select(refresh_families.c.id).with_for_update())
-        answer = await service.refresh(client, token)
-        refused(answer, "temporarily_unavailable", 503)
-        assert "retry-after" in answer.headers
-    assert (await service.refresh(client, token)).status_code == 200
+    async with running(test_settings(database_url), patient=False) as service:
+        client, _, token = await signed_in(service)
+        async with held(service) as somebody:
+            await somebody.tx.execute(select(refresh_families.c.id).with_for_update())
+            answer = await service.refresh(client, token)
+            refused(answer, "temporarily_unavailable", 503)
+            assert "retry-after" in answer.headers
+        assert (await service.refresh(client, token)).status_code == 200
 
 
 async def test_everything_at_once_ends_without_a_deadlock(service: Service) -> None:
@@ -621,10 +623,12 @@ async def test_a_cancelled_refresh_leaves_no_lock_and_no_transaction(service: Se
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(20):  # who waits for a lock waits for longer
         assert (await service.refresh(client, token)).status_code == 200
-    async with asyncio.timeout(1):
-        while (await service.execute(BUSY))[0][0]:
-            pass  # a background job has a transaction, too, but a short one
+
+    async def nobody_is_busy() -> bool:
+        return not (await service.execute(BUSY))[0][0]
+
+    await until(nobody_is_busy, "a transaction is left")  # a background job has one, too, but a short one
     (row,) = await service.family_rows()
     assert (row.generation, row.revoked_at) == (1, None)

@@ -49,13 +49,17 @@ class Balancer:
     through it. Enter it with `with`; every method has taken effect when it returns.
     """
 
-    def __init__(self, *, every: float = 0.2, late: float = 0.0, heeds_readiness: bool = True) -> None:
+    def __init__(
+        self, *, every: float = 0.2, late: float = 0.0, patience: float = _PROBE_PATIENCE, heeds_readiness: bool = True
+    ) -> None:
         """
         `every` is how many seconds lie between two questions about readiness, `late` after how many more an answer
-        counts. A balancer that does not heed readiness sends connections to everybody it knows.
+        counts, `patience` how long one is waited for. A balancer that does not heed readiness sends connections to
+        everybody it knows.
         """
         self._every = every
         self._late = late
+        self._patience = patience
         self._heeds_readiness = heeds_readiness
         self._backends: dict[str, Backend] = {}
         self._connections: set[asyncio.Task[None]] = set()
@@ -138,7 +142,7 @@ class Balancer:
 
     async def _is_ready(self, backend: Backend) -> bool:
         try:
-            async with asyncio.timeout(_PROBE_PATIENCE):
+            async with asyncio.timeout(self._patience):
                 reader, writer = await asyncio.open_connection(_HOST, backend.management_port)
                 try:
                     writer.write(b"GET /readyz HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")

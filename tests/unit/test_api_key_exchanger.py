@@ -72,13 +72,13 @@ class Stage:
         self.keys_fault: Exception | None = None
         monkeypatch.setattr(api_keys, "monotonic", lambda: self.elapsed)
         monkeypatch.setattr(JwksSource, "fetch", self._fetch)
-        self.verifier = TokenVerifier(ISSUER, AUDIENCE, clock=self.clock)
+        self.verifier = TokenVerifier(ISSUER, AUDIENCE, clock=self.clock, timeout=2 * _PATIENCE)
         self.exchanger = self.make()
 
     def make(self, **options: Any) -> ApiKeyExchanger:
         """Return an exchanger on this stage."""
         given = {"client_id": CLIENT_ID, "client_secret": CLIENT_SECRET, "http": self._http, "clock": self.clock}
-        return ApiKeyExchanger(self.verifier, **{**given, **options})
+        return ApiKeyExchanger(self.verifier, **{**given, "timeout": 2 * _PATIENCE, **options})
 
     def _fetch(self, *, past_caches: bool) -> Fetched:
         if self.keys_fault:

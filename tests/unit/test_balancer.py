@@ -13,7 +13,7 @@ from tests.support.balancer import Balancer
 from tests.support.servers import free_port
 from tests.support.waiting import wait_until
 
-_PATIENCE = 10.0  # seconds for what takes milliseconds
+_PATIENCE = 30.0  # seconds for what takes milliseconds
 
 
 class Stub(ThreadingHTTPServer):
@@ -61,7 +61,7 @@ def stubs() -> Iterator[tuple[Stub, Stub]]:
 @pytest.fixture
 def balancer(stubs: tuple[Stub, Stub]) -> Iterator[Balancer]:
     """Both replicas behind it, and known to be ready."""
-    with Balancer(every=0.01) as balancer:
+    with Balancer(every=0.01, patience=_PATIENCE) as balancer:
         for stub in stubs:
             balancer.put(stub.name, stub.server_port, stub.server_port)
         wait_until(lambda: all(balancer.backend(stub.name).ready for stub in stubs))
@@ -110,11 +110,11 @@ def test_who_is_not_ready_gets_nothing_new_and_keeps_what_it_has(balancer: Balan
 
 def test_news_may_come_late(stubs: tuple[Stub, Stub]) -> None:
     """As to the nodes of a cluster: meanwhile connections go where nobody wants them any more."""
-    with Balancer(every=0.01, late=0.3) as balancer:
+    with Balancer(every=0.01, late=0.3, patience=_PATIENCE) as balancer:
         balancer.put("one", stubs[0].server_port, stubs[0].server_port)
         wait_until(lambda: balancer.backend("one").ready)
-        stubs[0].ready = False
         began = time.monotonic()
+        stubs[0].ready = False
         wait_until(lambda: not balancer.backend("one").ready)
         assert time.monotonic() - began >= 0.25
 

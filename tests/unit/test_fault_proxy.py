@@ -13,7 +13,7 @@ import pytest
 from tests.support.fault_proxy import FaultProxy
 from tests.support.servers import free_port
 
-_PATIENCE = 10.0  # seconds for what takes milliseconds
+_PATIENCE = 30.0  # seconds for what takes milliseconds
 
 
 class Echo:
@@ -178,7 +178,7 @@ def test_a_black_hole_accepts_keeps_and_says_nothing(echo: Echo, proxy: FaultPro
         assert is_silent(caller)
         assert is_silent(new)
         assert echo.heard == b"hello"
-        assert proxy.live == 2
+        assert soon(lambda: proxy.live == 2)
         proxy.heal()
         assert receive(caller, 8) == b"echo:old"
         assert receive(new, 8) == b"echo:new"
@@ -217,11 +217,11 @@ def test_each_piece_is_delayed_in_each_direction(proxy: FaultProxy, caller: sock
     began = time.monotonic()
     assert ask(caller, b"slow") == b"echo:slow"
     assert time.monotonic() - began >= 0.2
-    proxy.delay(5)
+    proxy.delay(60)
     proxy.heal()
     began = time.monotonic()
     assert ask(caller, b"fast") == b"echo:fast"
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 60
 
 
 def test_cut_after_a_word_to_the_server_nobody_hears_its_answer(
