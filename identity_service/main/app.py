@@ -94,6 +94,7 @@ def create_app(
     *,
     clock: Clock | None = None,
     say: Callable[[str], None] = lambda _line: None,
+    own_jobs: bool = True,
     leased_jobs: bool = True,
     tracer: Tracer | None = None,
 ) -> Application:
@@ -101,8 +102,9 @@ def create_app(
     Build the application. Its lifespan loads the keys, refusing to start without them, and runs the jobs.
 
     `app.state.services` holds the objects, for tests and for the development server; `say` hears of mails that are
-    written instead of sent. Without `leased_jobs` whoever holds the application does what one replica does for all.
-    `tracer` traces in place of the one that the settings ask for. Raises MasterKeyError, UnsafeSettings.
+    written instead of sent. Without `own_jobs` whoever holds the application does what each replica does by itself,
+    such as looking at the key schedule, and without `leased_jobs` what one does for all. `tracer` traces in place of
+    the one that the settings ask for. Raises MasterKeyError, UnsafeSettings.
     """
     tracer = tracer or build_tracer(settings)
     services = build_services(settings, clock=clock, say=say)
@@ -114,10 +116,12 @@ def create_app(
             if tracer is not None:
                 leaving.push_async_callback(asyncio.to_thread, tracer.close)
             await _prepare(services)
-            jobs = [
-                asyncio.create_task(repeat("keys", settings.key_poll, lambda: step_keys(services))),
-                asyncio.create_task(repeat("audit", _FLUSH_EVERY, lambda: flush_audit(services))),
-            ]
+            jobs = []
+            if own_jobs:
+                jobs += [
+                    asyncio.create_task(repeat("keys", settings.key_poll, lambda: step_keys(services))),
+                    asyncio.create_task(repeat("audit", _FLUSH_EVERY, lambda: flush_audit(services))),
+                ]
             if leased_jobs:
                 jobs += [asyncio.create_task(coroutine) for coroutine in for_all(services)]
             log.info("service.ready", issuer=settings.public_issuer, environment=settings.environment)

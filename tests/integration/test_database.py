@@ -21,7 +21,8 @@ from identity_service.infra.database import (
 from identity_service.settings import UnsafeSettings
 from tests.support.addresses import plain
 from tests.support.fault_proxy import FaultProxy
-from tests.support.service import patient_database, running, test_settings
+from tests.support.patience import patient_database
+from tests.support.service import running, test_settings
 
 MOMENTS = [milliseconds / 1000 for milliseconds in range(0, 60, 3)]
 

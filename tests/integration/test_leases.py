@@ -13,7 +13,8 @@ from identity_service.infra.tables import leases
 from identity_service.main.jobs import leased_jobs
 from identity_service.main.leased_jobs import JOB_RUNS, LeasedJob, run_for_ever, run_once
 from tests.support.clock import FrozenClock
-from tests.support.service import Service, patient_database
+from tests.support.patience import patient_database
+from tests.support.service import Service
 from tests.support.waiting import until
 
 MINUTE = timedelta(minutes=1)

@@ -1,13 +1,10 @@
 """The service as tests see it: built as in production, asked over HTTP, its clock in the test's hand."""
 
-import asyncio
 import base64
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeVar
-from unittest.mock import patch
 
 import httpx2
 from sqlalchemy import delete, func, select, update
@@ -15,16 +12,15 @@ from sqlalchemy.sql import Executable
 
 from identity_service.accounts.clients import NO_AUTHENTICATION, NewClient
 from identity_service.accounts.users import User
-from identity_service.infra.database import Database, Transaction
-from identity_service.infra.ratelimit import shared
+from identity_service.infra.database import Transaction
 from identity_service.infra.runtime import Clock, Secret
 from identity_service.infra.tables import audit_events, refresh_families, users
 from identity_service.infra.telemetry import Tracer, metrics
 from identity_service.main import Services, create_app, load_keys
-from identity_service.main import services as building
-from identity_service.main.jobs import leased_jobs, repeat
+from identity_service.main.jobs import leased_jobs
 from identity_service.settings import Settings
 from tests.support.clock import FrozenClock
+from tests.support.patience import patience
 
 Answer = TypeVar("Answer")
 
@@ -33,14 +29,6 @@ SIBLING = "https://orders.example"
 MASTER_KEY = base64.b64encode(bytes(range(32))).decode()
 PASSWORD = "correct horse battery staple"
 BOOTSTRAP_SECRET = "0123456789abcdefghijklmnopqrstuvwxyz"
-PATIENCE = 30.0
-"""Seconds for what takes milliseconds."""
-LONG_WAITS = {
-    "lock_timeout": f"{PATIENCE * 1000:.0f}",
-    "statement_timeout": f"{PATIENCE * 1000:.0f}",
-    "idle_in_transaction_session_timeout": "0",  # a transaction that a test holds lasts until the test ends it
-}
-"""What lets a session of PostgreSQL wait for as long as any machine may take."""
 
 
 def test_settings(database_url: str, **changes: Any) -> Settings:
@@ -255,47 +243,20 @@ async def running(
     itself: `step_keys`, `flush_audit`, and with `run_job` what one replica does for all, mails and cleaning up. Else
     what it sees would depend on how long the machine takes to get there.
 
-    In production a Redis that owes an answer for a tenth of a second is left alone, and the limits are stricter for a
-    minute; who waits for a lock or for a connection hears 503 after two. A busy machine stands still for longer than
-    that now and then, so a test's service is `patient`, unless the test is about that very impatience.
+    A service is `patient` with PostgreSQL and Redis, unless a test is about the impatience that it has in production.
     """
     clock = clock or FrozenClock()
     metrics._clients.clear()  # a process of its own would not have counted anybody yet
-    with _patience() if patient else nullcontext():
-        app = create_app(settings, clock=clock, leased_jobs=False, tracer=tracer)
+    with patience(settings) if patient else nullcontext():
+        app = create_app(
+            settings, clock=clock, own_jobs=not isinstance(clock, FrozenClock), leased_jobs=False, tracer=tracer
+        )
     transport = httpx2.ASGITransport(app=app, raise_app_exceptions=False, client=(peer, 50000))
-    before = asyncio.all_tasks()
     async with (
         app.router.lifespan_context(app),
         httpx2.AsyncClient(transport=transport, base_url=settings.public_issuer) as http,
     ):
-        if isinstance(clock, FrozenClock):
-            jobs = [task for task in asyncio.all_tasks() - before if _runs(task, repeat)]
-            assert jobs, "the jobs of each replica have another name now"
-            for job in jobs:
-                job.cancel()
         yield Service(app, app.state.services, clock, http)
-
-
-def _runs(task: "asyncio.Task[Any]", function: Callable[..., Any]) -> bool:
-    return getattr(task.get_coro(), "cr_code", None) is function.__code__
-
-
-def patient_database(url: str, **given: Any) -> Database:
-    """Return a database that waits for locks and for connections for as long as any machine may take."""
-    options = {**LONG_WAITS, **given.pop("options", {})}
-    return Database(url, **{"pool_timeout": PATIENCE, "patience": 2 * PATIENCE, **given}, options=options)
-
-
-@contextmanager
-def _patience() -> Iterator[None]:
-    """Let a service that is built meanwhile wait for PostgreSQL and Redis for as long as any machine may take."""
-    with (
-        patch.object(building, "Database", patient_database),
-        patch.object(shared, "redis_client", partial(shared.redis_client, timeout=PATIENCE)),
-        patch.object(shared, "RedisLimiter", partial(shared.RedisLimiter, deadline=PATIENCE)),
-    ):
-        yield
 
 
 async def prepare_keys(settings: Settings) -> None:

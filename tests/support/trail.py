@@ -15,7 +15,8 @@ from identity_service.infra.database import Database, Transaction
 from identity_service.infra.runtime.envelope import MasterKeys
 from identity_service.infra.tables import audit_events
 from tests.support.clock import FrozenClock
-from tests.support.service import MASTER_KEY, patient_database
+from tests.support.patience import patient_database
+from tests.support.service import MASTER_KEY
 
 Answer = TypeVar("Answer")
 
