@@ -344,7 +344,7 @@ async def test_enormous_tokens_are_refused_at_the_door(forger: Forger) -> None:
         began = time.process_time()
         answer = await forger.service.me(token)
         assert answer.status_code in (401, 431)
-        assert time.process_time() - began < 0.1
+        assert time.process_time() - began < 0.5
 
 
 @pytest.mark.rfc("7516", "5.2")

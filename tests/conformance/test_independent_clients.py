@@ -97,7 +97,12 @@ def outdated(token: dict[str, Any]) -> dict[str, Any]:
 def authlib(site: Site, client: Registered, method: str | None = None, **given: Any) -> AsyncOAuth2Client:
     """Return Authlib's client, which knows its token endpoint and how to authenticate there."""
     return AsyncOAuth2Client(
-        client.id, client.secret, token_endpoint_auth_method=method, token_endpoint=site.token_endpoint, **given
+        client.id,
+        client.secret,
+        token_endpoint_auth_method=method,
+        token_endpoint=site.token_endpoint,
+        timeout=30,
+        **given,
     )
 
 

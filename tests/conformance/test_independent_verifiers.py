@@ -52,14 +52,15 @@ class Issuer:
 
     def get(self, path: str) -> Any:
         """Return a document that the server publishes."""
-        return httpx2.get(f"{self.url}{path}").raise_for_status().json()
+        return httpx2.get(f"{self.url}{path}", timeout=30).raise_for_status().json()
 
     def token(self, kind: str = "user", **form: str) -> str:
         """Fetch an access token for the sibling: of the `user`, or of the `client` itself."""
         grant = {"grant_type": "client_credentials"}
         if kind == "user":
             grant = {"grant_type": "password", "username": self.username, "password": PASSWORD}
-        answer = httpx2.post(f"{self.url}/token", data={**grant, "scope": "orders:read", **form}, auth=self.client.auth)
+        asked = {**grant, "scope": "orders:read", **form}
+        answer = httpx2.post(f"{self.url}/token", data=asked, auth=self.client.auth, timeout=30)
         text: str = answer.raise_for_status().json()["access_token"]
         return text
 

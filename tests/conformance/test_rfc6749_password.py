@@ -253,7 +253,7 @@ async def test_a_full_hashing_pool_is_an_outage_and_no_verdict(
 
     def held(*given: Any) -> Any:
         entered.set()
-        free.wait(10)
+        free.wait(120)
         return verify(*given)
 
     async with running(test_settings(sqlite_url, hash_threads=1, hash_queue=0)) as service:
@@ -262,7 +262,7 @@ async def test_a_full_hashing_pool_is_an_outage_and_no_verdict(
         first = asyncio.create_task(
             service.token(client, grant_type="password", username=user.username, password=PASSWORD)
         )
-        assert await asyncio.to_thread(entered.wait, 10)
+        assert await asyncio.to_thread(entered.wait, 60)
         before = await written(service)
         for name in (user.username, "nobody") * 12:
             answer = await service.token(client, grant_type="password", username=name, password=PASSWORD)
