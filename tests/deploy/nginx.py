@@ -19,7 +19,7 @@ from tests.support.tools import tool
 
 Answer = tuple[int, dict[str, str], bytes]
 
-_PATIENCE: Final = 20.0
+_PATIENCE: Final = 30.0
 _TEMPORARY: Final = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
 _OWN_HEADERS: Final = """
     proxy_set_header Host $host;
@@ -111,13 +111,23 @@ class Nginx:
 
     def __init__(self, folder: Path, ingresses: Sequence[Document], upstreams: Mapping[str, int], readme: str) -> None:
         """Start it. Raises RuntimeError with what it said if it does not answer."""
-        self.port = free_port()
         for name in _TEMPORARY:
             (folder / name).mkdir()
         snippet = cache_line(readme).replace("/var/cache/nginx/identity", str(folder / "cache"))
-        text = configuration(ingresses, upstreams, port=self.port, http_snippet=snippet)
-        (folder / "nginx.conf").write_text(text, "utf-8")
         self._log = folder / "said"
+        for attempts_left in (2, 1, 0):
+            self.port = free_port()
+            text = configuration(ingresses, upstreams, port=self.port, http_snippet=snippet)
+            (folder / "nginx.conf").write_text(text, "utf-8")
+            try:
+                self._start(folder)
+            except RuntimeError as error:  # a stranger may have been quicker to take the port
+                if not attempts_left or "address already in use" not in str(error).lower():
+                    raise
+            else:
+                return
+
+    def _start(self, folder: Path) -> None:
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [tool("nginx"), "-p", str(folder), "-c", "nginx.conf", "-e", "stderr", "-g", "daemon off;"],
@@ -151,8 +161,9 @@ class Nginx:
         while self._process.poll() is None and time.monotonic() < deadline:
             try:
                 self.ask("nobody.example", "/")
-            except OSError:
+            except (OSError, http.client.HTTPException):
                 time.sleep(0.02)
             else:
-                return
+                if self._process.poll() is None:  # or it was somebody else who answered
+                    return
         raise RuntimeError(f"nginx did not start: {self._log.read_text('utf-8', errors='replace')}")

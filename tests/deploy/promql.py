@@ -50,7 +50,7 @@ def grouped_by(expression: str) -> set[str]:
 def promtool(*words: str | Path) -> subprocess.CompletedProcess[str]:
     """Run promtool to its end."""
     command = [str(word) for word in (tool("promtool"), *words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def check_rules(alerting: Sequence[Mapping[str, Any]], folder: Path) -> str:
