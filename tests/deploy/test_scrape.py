@@ -14,8 +14,8 @@ def test_a_scrape_is_in_order_and_shows_every_metric(database_url: str, redis_ur
     """From the first moment on: names, units and help are as they should be, and nothing is said twice."""
     port = free_port()
     with ServerProcess(database_url, redis_url, management_port=str(port)) as server:
-        httpx2.get(f"{server.url}/.well-known/jwks.json")
-        answer = httpx2.get(f"http://127.0.0.1:{port}/metrics")
+        httpx2.get(f"{server.url}/.well-known/jwks.json", timeout=30)
+        answer = httpx2.get(f"http://127.0.0.1:{port}/metrics", timeout=30)
     assert answer.headers["content-type"].startswith("text/plain; version=")
     checked = subprocess.run(
         [tool("promtool"), "check", "metrics"], input=answer.text, capture_output=True, text=True, timeout=60
