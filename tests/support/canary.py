@@ -2,15 +2,16 @@
 Fail the test in which a secret is written into a log, whichever test it is.
 
 A few tests look for secrets in logs; this looks during all the others, too. Every event of the service in this process
-is rendered as in production, at its most talkative, and each line is searched as it is written; none is kept. A server
-in a process of its own is searched when it has ended. The report says which logger, which event and which kind of
-secret, never the secret.
+is rendered as in production, at its most talkative, and each line is searched as it is written. A server in a process
+of its own is searched when it has ended. The report says which logger, which event and which kind of secret, never the
+secret. The last lines in which there is none are kept until the next test, and shown if this one fails.
 """
 
 import json
 import logging
 import re
 import sys
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from types import FrameType, ModuleType
@@ -25,6 +26,8 @@ from identity_service.infra.telemetry import configure_logging
 OPTION: Final = "--no-canary"
 _SHORTEST: Final = 12  # letters; a shorter constant could be a word of the log's own
 _LONGEST_EVENT: Final = 80
+_KEPT: Final = 40  # lines
+_NOT_KEPT: Final = '"level":"debug"'
 _KINDS: Final = {
     "client secret": r"(?<![0-9A-Za-z])cs_[0-9A-Za-z]{30,}",
     "refresh token": r"(?<![0-9A-Za-z])rt_[0-9A-Za-z]{30,}",
@@ -54,10 +57,11 @@ class Leak:
 
 @final
 class Scanner:
-    """A stream for log lines that keeps nothing but what it found; written to from any thread."""
+    """A stream for log lines that keeps what it found, and the last lines it found nothing in; for any thread."""
 
     def __init__(self) -> None:
         self._found: list[Leak] = []
+        self._last: deque[str] = deque(maxlen=_KEPT)
         self._known: frozenset[str] = frozenset()
 
     def learn(self, secrets: Iterable[str]) -> None:
@@ -70,6 +74,8 @@ class Scanner:
         if kinds := self._kinds_in(line):
             event, logger = self._told(line)
             self._found += [Leak(kind, event, logger or _caller()) for kind in kinds]
+        elif _NOT_KEPT not in line:
+            self._last.append(line)
         return len(line)
 
     def flush(self) -> None:
@@ -81,6 +87,16 @@ class Scanner:
             if kinds := self._kinds_in(line):
                 event, logger = self._told(line)
                 self._found += [Leak(kind, event, f"{source}, {logger}" if logger else source) for kind in kinds]
+            elif _NOT_KEPT not in line:
+                self._last.append(f"{source}: {line}\n")
+
+    def begin(self) -> None:
+        """Keep no line of what was before."""
+        self._last.clear()
+
+    def told(self) -> str:
+        """Return the last lines since then in which there was no secret, without those for finding faults."""
+        return "".join(tuple(self._last))
 
     def sees(self, text: str) -> bool:
         """Return whether a text holds a secret."""
@@ -151,13 +167,16 @@ class CanaryPlugin:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self) -> None:
         """Put back what an earlier test may have replaced."""
+        SCANNER.begin()
         if structlog.get_config() != self._installed or self._handlers[0] not in logging.getLogger().handlers:
             self._install()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Fail the test in whose set-up, call or tear-down a secret was written."""
+        """Fail the test in whose set-up, call or tear-down a secret was written; show the log of one that fails."""
         report = yield
+        if report.failed and (told := SCANNER.told()):
+            report.sections.append(("last words of the service's log", told))
         if leaks := SCANNER.take():
             text = "\n".join(f"A secret was written into a log: {leak}" for leak in leaks)
             report.sections = [section for section in report.sections if not SCANNER.sees(section[1])]
