@@ -12,15 +12,15 @@ from functools import partial
 from typing import Any, Final
 from unittest.mock import patch
 
-from identity_service.infra.database import Database
+from identity_service.infra.database import Database, engine
 from identity_service.main import services
 from identity_service.settings import Settings
 
-PATIENCE: Final = 30.0
+PATIENCE: Final = 30
 """Seconds for what takes milliseconds."""
 _LONG_WAITS: Final = {
-    "lock_timeout": f"{PATIENCE * 1000:.0f}",
-    "statement_timeout": f"{PATIENCE * 1000:.0f}",
+    "lock_timeout": str(PATIENCE * 1000),
+    "statement_timeout": str(PATIENCE * 1000),
     "idle_in_transaction_session_timeout": "0",  # a transaction that a test holds lasts until the test ends it
 }
 
@@ -28,7 +28,8 @@ _LONG_WAITS: Final = {
 def patient_database(url: str, **given: Any) -> Database:
     """Return a database that waits for locks and for connections for as long as any machine may take."""
     options = {**_LONG_WAITS, **given.pop("options", {})}
-    return Database(url, **{"pool_timeout": PATIENCE, "patience": 2 * PATIENCE, **given}, options=options)
+    with patch.object(engine, "_CONNECT_TIMEOUT", PATIENCE), patch.object(engine, "_BUSY_TIMEOUT", PATIENCE):
+        return Database(url, **{"pool_timeout": PATIENCE, "patience": 2 * PATIENCE, **given}, options=options)
 
 
 @contextmanager

@@ -21,6 +21,8 @@ log = structlog.get_logger(__name__)
 Answer = TypeVar("Answer")
 
 _NO_TABLE = "42P01"
+_CONNECT_TIMEOUT = 3  # seconds
+_BUSY_TIMEOUT = 5  # seconds for which SQLite waits for another writer
 
 
 @final
@@ -50,7 +52,7 @@ class Database:
         if self.on_sqlite:
             if self.url.database:
                 Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
-            self.engine = create_async_engine(self.url, hide_parameters=True, connect_args={"timeout": 5})
+            self.engine = create_async_engine(self.url, hide_parameters=True, connect_args={"timeout": _BUSY_TIMEOUT})
             _prepare_sqlite(self.engine)
         else:
             DATABASE_POOL_SIZE.set(pool_size)
@@ -62,7 +64,7 @@ class Database:
                 pool_timeout=pool_timeout,
                 pool_recycle=1800,
                 connect_args={
-                    "connect_timeout": 3,
+                    "connect_timeout": _CONNECT_TIMEOUT,
                     # A server that vanishes without a word is noticed within seconds, also by who waits for its answer.
                     "tcp_user_timeout": 5000,
                     "keepalives_idle": 5,
@@ -154,7 +156,6 @@ def _prepare_sqlite(engine: AsyncEngine) -> None:
         cursor.execute("PRAGMA journal_mode = WAL")
         cursor.execute("PRAGMA synchronous = FULL")
         cursor.execute("PRAGMA foreign_keys = ON")
-        cursor.execute("PRAGMA busy_timeout = 5000")
         cursor.close()
 
     @event.listens_for(engine.sync_engine, "begin")
