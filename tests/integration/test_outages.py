@@ -386,7 +386,7 @@ async def test_when_every_connection_is_taken_requests_are_turned_away_soon(impa
         assert (await impatient.http.get("/.well-known/jwks.json")).status_code == 200
         for answer in await asyncio.gather(*asking):
             unavailable(answer)
-        assert time.monotonic() - began < 2 * _BEARABLE
+        assert time.monotonic() - began < 6, "after seven seconds PostgreSQL's silence would have ended it"
     assert (await impatient.refresh(client, tokens["refresh_token"])).status_code == 200
 
 
