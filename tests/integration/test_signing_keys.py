@@ -2,13 +2,11 @@
 
 import asyncio
 import base64
-import functools
 import itertools
 import json
 import logging
 import os
 import secrets
-import unittest.mock
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -23,7 +21,7 @@ from cryptography.hazmat.primitives import serialization
 from sqlalchemy import func, insert, select, update
 
 from identity_service.infra.data_keys import PURPOSES
-from identity_service.infra.database import Database, Transaction
+from identity_service.infra.database import Transaction
 from identity_service.infra.migrate import migrate
 from identity_service.infra.runtime.envelope import MasterKeyError, MasterKeys, new_master_key
 from identity_service.infra.tables import data_keys, signing_keys
@@ -32,6 +30,7 @@ from identity_service.main import Services, build_services, load_keys, step_keys
 from identity_service.oauth.signing_keys import KeyRecord, KeyState, NoUsableKey, Plan
 from tests.support.addresses import plain
 from tests.support.clock import FrozenClock
+from tests.support.patience import patience
 from tests.support.servers import PostgresServer
 from tests.support.service import MASTER_KEY, running, test_settings
 from tests.support.tokens import compact, parts_of
@@ -73,10 +72,9 @@ async def replica(
     It waits longer than in production for a lock that the test holds until everybody is there: a busy machine may take
     its time with that.
     """
-    waits = {"lock_timeout": "60000", "statement_timeout": "60000", "idle_in_transaction_session_timeout": "60000"}
-    patient = functools.partial(Database, options=waits, pool_timeout=60, patience=90)
-    with unittest.mock.patch("identity_service.main.services.Database", patient):
-        services = build_services(test_settings(url, **changes), clock=clock or FrozenClock())
+    settings = test_settings(url, **changes)
+    with patience(settings):
+        services = build_services(settings, clock=clock or FrozenClock())
     try:
         if load:
             await load_keys(services)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Self, final
 
-from tests.support.loop_thread import LoopThread
+from tests.support.loop_thread import LoopThread, all_are_connected
 
 _HOST: Final = "127.0.0.1"
 _PIECE: Final = 64 * 1024
@@ -112,8 +112,7 @@ class Balancer:
         self._server.close()
         for name in tuple(self._backends):
             await self._forget(name)
-        for _ in range(5):  # who was accepted a moment ago becomes a connection in the loop's next turns
-            await asyncio.sleep(0)
+        await all_are_connected()
         for writer in tuple(self._open):
             writer.transport.abort()
         for task in tuple(self._connections):

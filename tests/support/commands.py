@@ -14,11 +14,11 @@ from tests.support.service import MASTER_KEY
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = [sys.executable, "-c", "from identity_service.cli import main; main()"]
-PATIENT_PROGRAM = [
-    *PROGRAM[:2],
+_PATIENTLY = (
     "from identity_service.infra.database import pooler;"
-    " pooler.SESSION_SETTINGS |= {'lock_timeout': '60000', 'statement_timeout': '60000'}; " + PROGRAM[2],
-]
+    " pooler.SESSION_SETTINGS |= {'lock_timeout': '60000', 'statement_timeout': '60000'}"
+)
+PATIENT_PROGRAM = [*PROGRAM[:2], f"{_PATIENTLY}; {PROGRAM[2]}"]
 """The same, but it waits for a lock for as long as a busy machine may let it."""
 PASSWORD = "Kanarienvogel-77"
 OTHER_KEY = base64.b64encode(bytes(range(200, 232))).decode()
@@ -27,14 +27,16 @@ CHEAP = {"IDENTITY_ARGON2_MEMORY_KIB": "8", "IDENTITY_ARGON2_TIME_COST": "1"}
 
 # Importing takes longer than most commands, so one process imports and forks for each command. What a command sees is
 # what it would see as a process of its own: arguments, environment, directory, standard streams, and its exit code.
-FORGE = """
-import json, os, sys
-from identity_service.cli import main
+FORGE = (
+    f"""
 try:
-    from identity_service.infra.database import pooler
-    pooler.SESSION_SETTINGS |= {"lock_timeout": "60000", "statement_timeout": "60000"}  # a machine may be busy
+    {_PATIENTLY}
 except ImportError:  # an earlier version
     pass
+"""
+    + """
+import json, os, sys
+from identity_service.cli import main
 for line in sys.stdin:
     job = json.loads(line)
     if child := os.fork():
@@ -61,6 +63,7 @@ for line in sys.stdin:
     sys.stderr.flush()
     os._exit(code)
 """
+)
 
 
 class Forge:

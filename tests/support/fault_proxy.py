@@ -16,7 +16,7 @@ from typing import Final, Literal, Self, final
 
 from sqlalchemy.engine import make_url
 
-from tests.support.loop_thread import LoopThread
+from tests.support.loop_thread import LoopThread, all_are_connected
 
 Stream = Literal["to_server", "to_client"]
 """Which half of a conversation: what the client says, or what the server says."""
@@ -212,8 +212,7 @@ class FaultProxy:
         await self._stop_listening()
         if self._listener is not None:
             self._listener.close()
-        for _ in range(5):  # who was accepted a moment ago becomes a connection in the loop's next turns
-            await asyncio.sleep(0)
+        await all_are_connected()
         await self._reset_all()
 
     async def _reset_all(self) -> None:

@@ -24,6 +24,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from identity_service.infra.runtime.ids import encode_token
+from tests.support.servers import kept_port
 from tests.support.tokens import b64, changed, compact
 
 METADATA = "/.well-known/oauth-authorization-server"
@@ -151,9 +152,7 @@ class Issuer:
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._server: _Server | None = None
-        self._place = socket.socket()  # never listens, and keeps the port while nobody else does
-        self._place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        self._place.bind(("127.0.0.1", 0))
+        self._place = kept_port()
         self.port: int = self._place.getsockname()[1]
         self._listen()
 

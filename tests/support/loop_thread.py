@@ -10,6 +10,12 @@ Answer = TypeVar("Answer")
 _PATIENCE: Final = 30.0  # seconds for what takes milliseconds
 
 
+async def all_are_connected() -> None:
+    """Let the loop turn a few times: who was accepted a moment ago becomes a connection in its next turns."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
 @final
 class LoopThread:
     """A running loop; end it with `close`, after whatever runs in it has ended."""

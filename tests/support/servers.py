@@ -705,6 +705,18 @@ _PORTS = range(20_000, 32_000)
 _handed_out: set[int] = set()
 
 
+def kept_port(port: int = 0) -> socket.socket:
+    """
+    Return a socket that never listens, and keeps a port of 127.0.0.1 while nobody else does; 0 is any that is free.
+
+    Who listens there must ask for it with SO_REUSEPORT as well.
+    """
+    place = socket.socket()
+    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    place.bind(("127.0.0.1", port))
+    return place
+
+
 def free_port() -> int:
     """
     Return a free port of 127.0.0.1 below the range from which the kernel gives ports to outgoing connections.

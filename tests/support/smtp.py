@@ -19,6 +19,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from tests.support.servers import kept_port
 from tests.support.waiting import until
 
 HOST = "127.0.0.1"
@@ -176,9 +177,7 @@ class SmtpServer:
             return _Session(self, self, tls=None if self.implicit else self.tls, implicit=self.implicit)
 
         if self._place is None:
-            self._place = socket.socket()  # never listens, and keeps the port while nobody else does
-            self._place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            self._place.bind((HOST, self.port))
+            self._place = kept_port(self.port)
             self.port = self._place.getsockname()[1]
         self._listener = await loop.create_server(
             session, HOST, self.port, ssl=self.tls if self.implicit else None, reuse_address=True, reuse_port=True
