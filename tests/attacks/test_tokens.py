@@ -341,10 +341,13 @@ async def test_what_is_no_token_is_refused_and_not_written_down(forger: Forger, 
 async def test_enormous_tokens_are_refused_at_the_door(forger: Forger) -> None:
     for size in (200_000, 2_000_000):
         token = compact(forger.header, {**forger.claims, "x": "x" * size}, forger.key)
-        began = time.process_time()
-        answer = await forger.service.me(token)
-        assert answer.status_code in (401, 431)
-        assert time.process_time() - began < 0.5
+        took = []
+        for _ in range(3):  # what else this process has to do meanwhile is not there each time
+            began = time.process_time()
+            answer = await forger.service.me(token)
+            took.append(time.process_time() - began)
+            assert answer.status_code in (401, 431)
+        assert min(took) < 0.1
 
 
 @pytest.mark.rfc("7516", "5.2")

@@ -26,6 +26,7 @@ from tests.support.issuer import (
     wait_for_fetches,
 )
 from tests.support.verifying import reason, unavailable
+from tests.support.waiting import until
 
 _PATIENCE = 30.0  # seconds; what is waited for takes milliseconds
 _TIMEOUT = 0.5  # seconds that a verifier waits for an issuer that does not answer in time
@@ -212,7 +213,8 @@ async def test_an_issuer_in_trouble_is_given_up_in_time(issuer: Issuer, path: st
     wait_for_fetches()
     assert time.monotonic() - began < _AT_MOST
     assert [type(result) for result in results] == [KeysUnavailable, KeysUnavailable]
-    assert issuer.count(path) <= 2, "each asks once, if the machine lets it ask in time"
+    await until(lambda: issuer.count(path) >= 2, "each asks")  # it may read more slowly than they give up
+    assert issuer.count(path) == 2
 
 
 @pytest.mark.parametrize("answer", [{"how": "endless"}, {}], ids=["without an end", "as a whole"])

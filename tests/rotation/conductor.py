@@ -25,7 +25,7 @@ from tests.rotation.replica import LEAD
 _CONDUCTOR: Final = Actor("conductor")
 _EARLY: Final = 60.0
 """Seconds before the instant of a rotation when the lock is taken that holds the replicas up."""
-PROMISE: Final = 15.0
+PROMISE: Final = 5.0
 """Real seconds within which every replica must have polled after a compromise, be the machine as busy as it may."""
 
 # A session is in a step while it has touched the schedule's lock and waits for something: for that lock, before it has

@@ -11,8 +11,8 @@ import httpx2
 from tests.support.server_process import ServerProcess
 from tests.support.service import ISSUER, Service
 
-PROMISE: Final = 15.0
-"""Seconds in which every replica knows what one was told: a poll of the keys (2 s), and a machine that stands still."""
+PROMISE: Final = 5.0
+"""Seconds in which every replica knows what one was told: a poll of the keys (2 s), and a busy machine."""
 _PATIENCE: Final = 60.0  # seconds for what takes few
 
 
